@@ -1,0 +1,172 @@
+"""What every layer needs of configs: one-line user errors, config arguments, durations, dataclasses from configs."""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import ml_collections
+
+T = TypeVar("T")
+
+FORMAT_VERSION = 1
+_DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?(?:e\d+)?)\s*(?P<unit>steps?|epochs?|examples?|%)?")
+
+
+class UserError(Exception):
+    """A mistake a user can mend. One line that names the key or file and the mend; scripts print it and exit with 2."""
+
+
+def suggest(name: str, options: Iterable[str]) -> str:
+    """Returns ", did you mean 'x'?" for a near miss of `name` among `options`, else a list of the options."""
+    options = sorted(options)
+    near = difflib.get_close_matches(name, options, n=1)
+    return f", did you mean '{near[0]}'?" if near else f"; there are: {', '.join(options) or 'none'}"
+
+
+def choose(what: str, name: str, options: Mapping[str, T]) -> T:
+    """Returns `options[name]`. Raises UserError that names the config key or flag `what` and a near option."""
+    if name not in options:
+        raise UserError(f"{what}: unknown name '{name}'{suggest(name, options)}")
+    return options[name]
+
+
+def parse_arg(arg: str | None, **spec: Any) -> ml_collections.ConfigDict:
+    """Parses a config argument such as "runlocal,res=64" (the text after the colon of --config=file.py:...).
+
+    Args:
+      arg: comma-separated words; `word` alone sets a flag, `key=value` a value. None or "" sets nothing. One bare word
+        that is no key of `spec` is the value of the key `name`, where `spec` has one.
+      **spec: every known key with its default; the default's type is the type of the value.
+
+    Raises:
+      UserError: an unknown key or a value of another type.
+    """
+    values = dict(spec)
+    for item in filter(None, (arg or "").split(",")):
+        key, equals, text = item.partition("=")
+        if not equals and key not in spec and "name" in spec:
+            key, equals, text = "name", "=", key
+        if key not in spec:
+            raise UserError(f"config argument '{item}': unknown key '{key}'{suggest(key, spec)}")
+        kind = type(spec[key])
+        if kind is bool:
+            if text.lower() not in ("", "1", "0", "true", "false"):
+                raise UserError(f"config argument '{item}': '{key}' is a switch, write '{key}' or '{key}=false'")
+            values[key] = text.lower() in ("", "1", "true")
+            continue
+        try:
+            values[key] = kind(text)
+        except ValueError:
+            raise UserError(f"config argument '{item}': '{key}' takes a value of type {kind.__name__}") from None
+    return ml_collections.ConfigDict(values)
+
+
+def resolve_steps(duration: int | float | str, *, key: str, batch_size: int, examples: int, total: int = 0) -> int:
+    """Turns a duration in any unit into steps, rounding to nearest.
+
+    Args:
+      duration: a number of steps, or a text such as "300 steps", "2 epochs", "1e6 examples", "10%" (of `total`).
+      key: the config key, for the error's text.
+      batch_size: examples a step.
+      examples: examples an epoch.
+      total: steps of the whole run, for percentages.
+    """
+    match = _DURATION.fullmatch(str(duration).strip())
+    if match is None:
+        raise UserError(f"{key}: '{duration}' is no duration; write 300, '2 epochs', '1e6 examples' or '10%'")
+    number, unit = float(match["number"]), (match["unit"] or "steps").rstrip("s")
+    scale = {"step": 1.0, "epoch": examples / batch_size, "example": 1 / batch_size, "%": total / 100}[unit]
+    return round(number * scale)
+
+
+def to_dataclass(cls: type[T], config: Mapping[str, Any], *, key: str) -> T:
+    """Builds the frozen dataclass `cls` from a config: every field must be there and nothing else.
+
+    Lists become tuples; nested dataclass fields are built from nested configs.
+
+    Args:
+      cls: the dataclass.
+      config: a ConfigDict or mapping.
+      key: where the config stands, for the error's text ("config.model.autoencoder").
+
+    Raises:
+      UserError: an unknown or missing key, or a value of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for name in config:
+        if name not in names:
+            raise UserError(f"{key}: unknown key '{name}'{suggest(name, names)}")
+    values = {}
+    for name in names:
+        if name not in config:
+            raise UserError(f"{key}.{name}: missing")
+        values[name] = _convert(hints[name], config[name], f"{key}.{name}")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from None
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return to_dataclass(hint, value, key=key)
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        arms = [arm for arm in typing.get_args(hint) if arm is not type(None)]
+        return None if value is None else _convert(arms[0], value, key)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{key}: takes a tuple such as '(1, 2)', got {value!r}")
+        return tuple(_convert(typing.get_args(hint)[0], item, key) for item in value)
+    if origin is typing.Literal:
+        choose(key, value, dict.fromkeys(typing.get_args(hint)))
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{key}: takes a value of type {hint.__name__}, got {value!r}")
+    return value
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as plain nested dicts and lists that JSON holds: what a checkpoint and a workdir record."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: convert(value[k]) for k in value}
+        return [convert(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    if isinstance(config, ml_collections.ConfigDict):
+        config = config.to_dict()
+    return convert(config)
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names each leaf on which two plain configs differ: ["codebook_size: 256 here, 1024 there", ...]."""
+    found = []
+    for name in sorted(set(ours) | set(theirs)):
+        a, b = ours.get(name), theirs.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.append(f"{prefix}{name}: {a!r} here, {b!r} there")
+    return found
+
+
+def upgrade(record: dict[str, Any]) -> dict[str, Any]:
+    """Brings the plain config of an older checkpoint (`format_version` beside `config`) up to this version.
+
+    Raises:
+      UserError: the record was written by a newer version of the project.
+    """
+    version = record["format_version"]
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"the checkpoint has format {version}, this version of vqgan_jax knows {FORMAT_VERSION}: install a newer one"
+        )
+    return record

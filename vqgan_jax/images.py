@@ -1,0 +1,48 @@
+"""Both ways between uint8 pictures and float images in [-1, 1], grids of pictures, and PNG files."""
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def from_uint8(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [..., c] in 0..255 to float32 in [-1, 1]: x / 127.5 - 1."""
+    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Float images in [-1, 1] (clipped) to uint8, rounded to nearest; truncating moves FID."""
+    scaled = (np.asarray(images, np.float32) + 1) * np.float32(127.5)
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def grid(pixels: np.ndarray, columns: int | None = None, pad: int = 2) -> np.ndarray:
+    """Lays uint8 pictures [n, h, w, c] out in rows: one picture [rows * h + gaps, columns * w + gaps, 3].
+
+    One channel is shown as grey. `columns` is about the square root of n unless given.
+    """
+    n, h, w, c = pixels.shape
+    columns = min(n, columns or math.ceil(math.sqrt(n)))
+    rows = math.ceil(n / columns)
+    sheet = np.full((rows * (h + pad) - pad, columns * (w + pad) - pad, 3), 255, np.uint8)
+    for k, picture in enumerate(pixels):
+        y, x = k // columns * (h + pad), k % columns * (w + pad)
+        sheet[y : y + h, x : x + w] = picture if c == 3 else picture[..., :1]
+    return sheet
+
+
+def png_bytes(pixels: np.ndarray) -> bytes:
+    """One uint8 picture [h, w, 3] or [h, w] as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()
+
+
+def save_png(path: str | Path, pixels: np.ndarray) -> None:
+    """Writes one uint8 picture [h, w, 3] or [h, w] as PNG, making the folder where it is missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png_bytes(pixels))

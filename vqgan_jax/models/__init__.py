@@ -1,0 +1,1 @@
+"""Flax Linen modules and their frozen hyper-parameter dataclasses; arrays in, arrays out."""

@@ -1,0 +1,220 @@
+"""The transformer of stage 2: GPT-2 as in minGPT, pre-norm, learned positions, untied head, prefix of full attention.
+
+Letters: b batch, t tokens, d width, n heads, k head dim, f MLP width, v vocabulary, s cache length, l layers.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.typing import Dtype, Initializer
+
+from vqgan_jax.parallel import constrain
+
+Attend = Literal["causal", "prefix", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """Hyper-parameters of the transformer."""
+
+    vocab_size: int  # rows of the embedding table: image codes and every kind of condition token
+    head_size: int  # outputs: image codes only, or the whole vocabulary where kinds share ids as in the reference
+    block_size: int  # positions
+    layers: int
+    heads: int
+    width: int
+    prefix: int  # the first tokens that attend to each other both ways under attend="prefix" (`n_unmasked`)
+    embed_dropout: float
+    residual_dropout: float
+    attention_dropout: float
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide over {self.heads} heads")
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of past tokens, one full allocation a layer [b, s, n*k], and how many positions are filled."""
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    length: jax.Array
+
+
+def init_cache(config: GPTConfig, batch: int, length: int, dtype: Dtype) -> Cache:
+    """An empty cache for `batch` sequences of up to `length` tokens."""
+    one = lambda: tuple(jnp.zeros((batch, length, config.width), dtype) for _ in range(config.layers))  # noqa: E731
+    return Cache(one(), one(), jnp.zeros((), jnp.int32))
+
+
+def attention_mask(attend: Attend, prefix: int, queries: int, keys: int, offset: jax.Array | int = 0) -> jax.Array:
+    """Which keys a query sees: bool [queries, keys]. Query i stands at position offset + i, key j at position j."""
+    i, j = jnp.arange(queries)[:, None] + offset, jnp.arange(keys)[None]
+    if attend == "full":
+        return jnp.ones((queries, keys), bool)
+    mask = j <= i
+    return mask | ((i < prefix) & (j < prefix)) if attend == "prefix" else mask
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [b, t, d] -> [b, t, d]; with a layer's cache (keys, values, length) if given."""
+
+    config: GPTConfig
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, attend: Attend, cache: Any, span: int | None, train: bool) -> tuple:
+        c = self.config
+        d, n = c.width, c.heads
+        x_btd = x
+
+        def project(name: str, inputs: jax.Array, axes: tuple[str, str]) -> jax.Array:
+            kernel = self.param(f"{name}_kernel", partitioned(_normal, *axes), (d, d))
+            bias = self.param(f"{name}_bias", partitioned(_zeros, axes[1]), (d,))
+            return inputs @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+
+        query, key, value = (project(name, x_btd, ("width", "heads")) for name in ("query", "key", "value"))
+        b, t, _ = query.shape
+        offset = 0
+        if cache is not None:
+            keys, values, offset = cache
+            keys = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), offset, axis=1)
+            values = jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), offset, axis=1)
+            cache = (keys, values)
+            key, value = (a[:, :span].astype(self.dtype) for a in (keys, values))
+        q, k, v = (a.reshape(b, -1, n, d // n) for a in (query, key, value))
+        mask = attention_mask(attend, c.prefix, t, k.shape[1], offset)
+        scores = jnp.einsum("btnk,bsnk->bnts", q, k, preferred_element_type=jnp.float32) * (d // n) ** -0.5
+        weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(self.dtype)
+        weights = nn.Dropout(c.attention_dropout, deterministic=not train)(weights)
+        y_btd = jnp.einsum("bnts,bsnk->btnk", weights, v).reshape(b, t, d)
+        return project("out", y_btd, ("heads", "width")), cache
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)) with exact GELU."""
+
+    config: GPTConfig
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, attend: Attend, cache: Any, span: int | None, train: bool) -> tuple:
+        c = self.config
+        d, f = c.width, 4 * c.width
+        drop = nn.Dropout(c.residual_dropout, deterministic=not train)
+        x = constrain(x, "batch", "length", "activation")
+        y, cache = Attention(c, self.dtype, name="attention")(layer_norm(self.dtype, "norm1")(x), attend, cache, span, train)
+        x = x + drop(y)
+        y = layer_norm(self.dtype, "norm2")(x)
+        up = self.param("mlp_up_kernel", partitioned(_normal, "width", "mlp"), (d, f))
+        up_bias = self.param("mlp_up_bias", partitioned(_zeros, "mlp"), (f,))
+        down = self.param("mlp_down_kernel", partitioned(_normal, "mlp", "width"), (f, d))
+        down_bias = self.param("mlp_down_bias", partitioned(_zeros, "width"), (d,))
+        y = nn.gelu(y @ up.astype(self.dtype) + up_bias.astype(self.dtype), approximate=False)
+        x = x + drop(y @ down.astype(self.dtype) + down_bias.astype(self.dtype))
+        return constrain(x, "batch", "length", "activation"), cache
+
+
+_normal: Initializer = nn.initializers.normal(0.02)
+_zeros: Initializer = nn.initializers.zeros
+
+
+def partitioned(init: Initializer, *names: str | None) -> Initializer:
+    """The initialiser, with the logical axes of what it makes."""
+    return nn.with_logical_partitioning(init, names)
+
+
+def layer_norm(dtype: Dtype, name: str) -> nn.LayerNorm:
+    """PyTorch's LayerNorm: epsilon 1e-5, statistics in float32."""
+    return nn.LayerNorm(
+        epsilon=1e-5,
+        use_fast_variance=False,
+        dtype=dtype,
+        name=name,
+        scale_init=partitioned(nn.initializers.ones, "width"),
+        bias_init=partitioned(_zeros, "width"),
+    )
+
+
+class GPT(nn.Module):
+    """Token ids [b, t] to next-token logits [b, t, head_size].
+
+    `scan_layers` stacks the layers under one scanned block (training); without it they stand apart, as the sampler
+    wants them (`split_layers` converts the parameters).
+    """
+
+    config: GPTConfig
+    dtype: Dtype = jnp.float32
+    remat: bool = False
+    scan_layers: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        ids_bt: jax.Array,
+        *,
+        positions_bt: jax.Array,
+        attend: Attend = "causal",
+        cache: Cache | None = None,
+        span: int | None = None,
+        last: int | None = None,
+        train: bool = False,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Runs the transformer.
+
+        Args:
+          ids_bt: tokens of the whole vocabulary, int32 [b, t].
+          positions_bt: their positions, int32 [b, t] (or [1, t]), below block_size.
+          attend: who sees whom; "prefix" lets the first `config.prefix` tokens see each other.
+          cache: keys and values of the tokens before; only without scan_layers.
+          span: static number of cache positions to attend over (all by default); must cover length + t.
+          last: logits of the last so many tokens only (all by default).
+          train: dropout on.
+
+        Returns:
+          Logits float32 [b, t or last, head_size], and the cache with these tokens in it (None without one).
+        """
+        c = self.config
+        table = self.param("token_embedding", partitioned(_normal, "vocab", "width"), (c.vocab_size, c.width))
+        places = self.param("position_embedding", partitioned(_zeros, "position", "width"), (c.block_size, c.width))
+        x = table.astype(self.dtype)[ids_bt] + places.astype(self.dtype)[positions_bt]
+        x = nn.Dropout(c.embed_dropout, deterministic=not train)(x)
+        if self.scan_layers:
+            if cache is not None:
+                raise ValueError("a cache needs scan_layers=False: scanning layers copies the cache at every token")
+            block = nn.remat(Block, static_argnums=(2, 4, 5), prevent_cse=False) if self.remat else Block
+            stack = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=c.layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            x, _ = stack(c, self.dtype, name="blocks")(x, attend, None, None, train)
+        else:
+            keys, values = [], []
+            for layer in range(c.layers):
+                past = None if cache is None else (cache.keys[layer], cache.values[layer], cache.length)
+                x, past = Block(c, self.dtype, name=f"block_{layer}")(x, attend, past, span, train)
+                if past is not None:
+                    keys.append(past[0])
+                    values.append(past[1])
+            if cache is not None:
+                cache = Cache(tuple(keys), tuple(values), cache.length + ids_bt.shape[1])
+        x = layer_norm(self.dtype, "norm_out")(x if last is None else x[:, -last:])
+        head = self.param("head", partitioned(_normal, "width", "vocab"), (c.width, c.head_size))
+        logits = jnp.einsum("btd,dv->btv", x, head.astype(self.dtype), preferred_element_type=jnp.float32)
+        return logits, cache
+
+
+def split_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of a scanned GPT (arrays stacked over layers) as those of an unrolled one. Call it once, outside jit."""
+    rest = {name: value for name, value in params.items() if name != "blocks"}
+    layers = jax.tree.leaves(params["blocks"])[0].shape[0]
+    return rest | {f"block_{i}": jax.tree.map(lambda x: x[i], params["blocks"]) for i in range(layers)}  # noqa: B023

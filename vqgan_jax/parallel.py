@@ -1,0 +1,155 @@
+"""The mesh, the one table of logical axis names, state shardings, and which rows of a batch a host holds.
+
+`jax.jit` with shardings over a mesh is what `pjit` became. Axes of the mesh: `data` (copies of the model), `fsdp` (the
+batch and the parameters), `tensor` (heads, MLP and vocabulary).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vqgan_jax.config import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Logical axis -> mesh axis. An unknown name raises KeyError: a typo must not silently mean "not sharded".
+AXES: dict[str, Any] = {
+    "batch": BATCH_AXES,
+    "length": None,
+    "layers": None,
+    "width": "fsdp",  # of a transformer's parameters
+    "activation": None,  # the same width, of activations
+    "heads": "tensor",  # heads and head dimension, folded
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "position": None,
+}
+MIN_SHARDED_SIZE = 2**12  # parameters without logical names (convolutions) smaller than this are replicated
+
+
+def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+    """Makes the mesh of a config: `{"data": -1, "fsdp": 1, "tensor": 1}`, where one size may be -1 (what is left).
+
+    Raises:
+      UserError: sizes that do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = [sizes[name] for name in MESH_AXES]
+    known = math.prod(s for s in shape if s != -1)
+    if shape.count(-1) > 1 or any(s == 0 or s < -1 for s in shape):
+        raise UserError(f"config.mesh: sizes are positive and at most one is -1, got {dict(zip(MESH_AXES, shape))}")
+    if -1 in shape and len(devices) % known == 0:
+        shape[shape.index(-1)] = len(devices) // known
+    if math.prod(shape) != len(devices):
+        raise UserError(
+            f"config.mesh: {dict(zip(MESH_AXES, shape))} does not fit {len(devices)} devices; "
+            "the product of data, fsdp and tensor must be the number of devices (one may be -1)"
+        )
+    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def check_batch(batch: int, mesh: Mesh, key: str = "config.batch_size") -> None:
+    """Raises UserError unless `batch` divides over the mesh's data and fsdp axes."""
+    parts = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    if batch % parts:
+        raise UserError(f"{key}: {batch} examples do not divide over {parts} devices (data x fsdp); use a multiple")
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding that keeps a whole copy on each device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of arrays whose leading axis is the batch."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def host_rows(mesh: Mesh, batch: int) -> np.ndarray:
+    """Rows of a global batch that this host's devices hold, ascending: int64 [rows].
+
+    Not a function of the process index: hosts that share a data shard (a `tensor` axis across hosts) load the same rows.
+    """
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch,))
+    return np.unique(np.concatenate([np.arange(batch)[index] for index in indices.values()]))
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, global_batch: int) -> dict[str, jax.Array]:
+    """Places this host's rows [rows, ...] as global arrays [global_batch, ...], sharded over the batch axes."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows, (global_batch, *rows.shape[1:]))
+        for name, rows in batch.items()
+    }
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pins an activation's sharding by logical names, one a dimension (None = unsharded); no-op without a mesh.
+
+    Raises:
+      KeyError: a name that is not in the table.
+      ValueError: as many names as dimensions are needed.
+    """
+    if len(names) != x.ndim:
+        raise ValueError(f"{len(names)} names for an array of shape {x.shape}")
+    spec = to_mesh_axes(names)
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def to_mesh_axes(names: tuple[str | None, ...]) -> P:
+    """Looks logical names up in the table."""
+    return P(*(None if name is None else AXES[name] for name in names))
+
+
+def shard_by_size(shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Shards the largest dimension that `fsdp` divides, for parameters without logical names (convolutions)."""
+    parts = mesh.shape["fsdp"]
+    if parts == 1 or math.prod(shape) < MIN_SHARDED_SIZE:
+        return P()
+    candidates = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    if not candidates:
+        return P()
+    best = max(candidates, key=lambda axis: (shape[axis], axis))
+    return P(*("fsdp" if axis == best else None for axis in range(len(shape))))
+
+
+def state_shardings(abstract: Any, mesh: Mesh) -> Any:
+    """Shardings of a state whose leaves may be boxed with logical names (`nn.with_logical_partitioning`).
+
+    Args:
+      abstract: `jax.eval_shape` of the state's initialiser, boxes included.
+      mesh: the mesh.
+
+    Returns:
+      The unboxed tree of NamedSharding: by name where there is a box, else by size.
+    """
+
+    def shard(leaf: Any) -> NamedSharding:
+        if isinstance(leaf, nn.Partitioned):
+            return NamedSharding(mesh, to_mesh_axes(leaf.names))
+        return NamedSharding(mesh, shard_by_size(leaf.shape, mesh))
+
+    return jax.tree.map(shard, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+
+
+def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
+    """Runs `init(*args)` in one jit whose outputs are born sharded and unboxed; no array is ever whole on one device."""
+    shardings = state_shardings(jax.eval_shape(init, *args), mesh)
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda *a: nn.unbox(init(*a)), out_shardings=shardings)(*args)
+
+
+def abstract_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
+    """The ShapeDtypeStructs, with shardings, of what `init_sharded` makes: what a checkpoint is restored into."""
+    boxed = jax.eval_shape(init, *args)
+    shardings = state_shardings(boxed, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)

@@ -1,0 +1,1 @@
+"""Sampling: strategies, the cached decoder and the sliding window. Handed functions, not models."""

@@ -1,0 +1,1 @@
+"""Command-line tools: `python -m vqgan_jax.tools.NAME`."""
