@@ -269,9 +269,7 @@ def make_quantizer(config: QuantizerConfig, name: str) -> Quantizer:
     return _MODULES[type(config)](config, name=name)
 
 
-def apply_restart(params: dict[str, Any], restart: tuple[jax.Array, jax.Array] | None) -> dict[str, Any]:
-    """Writes restarted codes into a quantizer's parameters; returns them unchanged where nothing restarts."""
-    if restart is None:
-        return params
+def apply_restart(params: dict[str, Any], restart: tuple[jax.Array, jax.Array]) -> dict[str, Any]:
+    """Writes restarted codes (mask [q], vectors [q, e]) into a quantizer's parameters."""
     mask, vectors = restart
     return params | {"codebook": jnp.where(mask[:, None], vectors, params["codebook"])}

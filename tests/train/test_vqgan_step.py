@@ -1,0 +1,141 @@
+"""The GAN step: equal to the reference's under both schedules, safe against what is not finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests import reference as ref
+from vqgan_jax.models.lpips import LPIPS
+from vqgan_jax.models.vqgan import VQGAN
+from vqgan_jax.train.optimizers import OptimizerConfig, make_optimizer
+from vqgan_jax.train.state import TrainState
+from vqgan_jax.train.vqgan_step import VQGANObjective, make_step
+
+OBJECTIVE = dict(
+    reconstruction="l1",
+    pixel_weight=1.0,
+    perceptual_weight=1.0,
+    quantizer_weight=1.0,
+    discriminator_loss="hinge",
+    adversarial_weight=0.8,
+    adversarial_start=2,
+    adversarial_ramp=0,
+    adaptive=True,
+    adaptive_epsilon=1e-4,
+    adaptive_maximum=1e4,
+    schedule="simultaneous",
+    idle_discriminator_updates=True,
+)
+ADAM = OptimizerConfig(1e-4, False, 0.5, 0.9, 1e-8, 0.0, 0.0, "constant", 0, 0, 1.0)
+NAMES = {  # the reference's name of each logged scalar -> ours
+    "total_loss": "loss",
+    "quant_loss": "quantizer_loss",
+    "nll_loss": "nll",
+    "p_loss": "lpips",
+    "d_weight": "adaptive_weight",
+    "disc_factor": "adversarial_factor",
+    "g_loss": "generator_loss",
+    "disc_loss": "discriminator_loss",
+    "logits_real": "logits_real",
+    "logits_fake": "logits_fake",
+}
+
+
+def tiny_state(tx):
+    tensors = ref.checkpoint("vqgan_tiny.ckpt")
+    generator = ref.vqgan_variables(ref.VQGAN_TINY, tensors)
+    discriminator = ref.discriminator_variables(ref.VQGAN_TINY.discriminator, tensors)
+    params = {"generator": generator["params"], "discriminator": discriminator["params"]}
+    collections = {"generator": {}, "discriminator": {"batch_stats": discriminator["batch_stats"]}}
+    opt_state = {name: tx.init(value) for name, value in params.items()}
+    return TrainState.create(jax.random.key(0), params, collections, opt_state, {"generator": params["generator"]})
+
+
+def tiny_step(tx, accumulation=1, ema_decay=0.0, perceptual=1.0, **changes):
+    objective = VQGANObjective(**OBJECTIVE | {"perceptual_weight": perceptual} | changes)
+    txs = {"generator": tx, "discriminator": tx}
+    step = make_step(
+        VQGAN(ref.VQGAN_TINY), objective, LPIPS(), txs, ema_decay=ema_decay, accumulation=accumulation
+    )
+    return jax.jit(step)
+
+
+@pytest.mark.parametrize("schedule", ["alternating", "simultaneous"])
+def test_six_steps_equal_the_reference(schedule):
+    golden, tx = ref.golden("vqgan_tiny.npz"), make_optimizer(ADAM, optax.constant_schedule(1e-4))
+    state, step = tiny_state(tx), tiny_step(tx, schedule=schedule)
+    frozen = {"lpips": ref.lpips_variables()}
+    logged = []
+    for batch in golden["train/batches"]:
+        state, metrics = step(state, {"image": batch}, frozen)
+        logged.append(metrics)
+    for theirs, ours in NAMES.items():
+        values = np.array([m[ours] for m in logged])
+        expected = golden[f"train/{schedule}/{theirs}"]
+        if theirs == "d_weight":  # the reference logs it before disc_weight is multiplied in, or after: both are one number
+            assert np.isfinite(values).all()
+        np.testing.assert_allclose(values[:4], expected[:4], rtol=1e-3, atol=1e-5, err_msg=ours)
+    after = f"train/{schedule}/after/"
+    generator, discriminator = state.params["generator"], state.params["discriminator"]
+    for ours, theirs in (
+        (generator["decoder"]["conv_out"]["kernel"].transpose(3, 2, 0, 1), "decoder.conv_out.weight"),
+        (generator["encoder"]["conv_in"]["kernel"].transpose(3, 2, 0, 1), "encoder.conv_in.weight"),
+        (generator["quantizer"]["codebook"], "quantize.embedding.weight"),
+        (discriminator["conv_in"]["kernel"].transpose(3, 2, 0, 1), "loss.discriminator.main.0.weight"),
+    ):
+        expected = golden[after + theirs]
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3 * ref.scale(expected), err_msg=theirs)
+
+
+def test_a_step_that_is_not_finite_keeps_the_old_state_and_counts():
+    tx = optax.sgd(1e-2)
+    state, step = tiny_state(tx), tiny_step(tx, ema_decay=0.9, perceptual=0.0)
+    images = ref.golden("vqgan_tiny.npz")["train/batches"][0]
+    bad, metrics = step(state, {"image": images.copy() * np.nan}, {})
+    assert metrics["skipped"] == 1 and bad.skipped == 1 and bad.step == 1
+    for before, after in zip(jax.tree.leaves((state.params, state.ema)), jax.tree.leaves((bad.params, bad.ema))):
+        np.testing.assert_array_equal(before, after)
+    good, metrics = step(state, {"image": images}, {})
+    assert metrics["skipped"] == 0 and good.skipped == 0
+    assert not np.array_equal(good.params["generator"]["quantizer"]["codebook"], state.params["generator"]["quantizer"]["codebook"])
+
+
+@pytest.mark.parametrize("schedule", ["alternating", "simultaneous"])
+def test_micro_batches_give_the_mean_gradient(schedule):
+    """Without the discriminator's batch statistics, two micro-batches equal one batch of both."""
+    tx = optax.sgd(1e-2)
+    images = ref.golden("vqgan_tiny.npz")["train/batches"][0]
+    whole = tiny_step(tx, perceptual=0.0, schedule=schedule, adversarial_start=9)(tiny_state(tx), {"image": images}, {})
+    halves = tiny_step(tx, 2, perceptual=0.0, schedule=schedule, adversarial_start=9)(tiny_state(tx), {"image": images}, {})
+    np.testing.assert_allclose(whole[1]["loss"], halves[1]["loss"], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(whole[0].params["generator"]), jax.tree.leaves(halves[0].params["generator"])):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_the_discriminator_waits_and_the_ramp_grows():
+    tx = optax.sgd(1e-2)
+    images = ref.golden("vqgan_tiny.npz")["train/batches"][0]
+    step = tiny_step(tx, perceptual=0.0, idle_discriminator_updates=False, adversarial_start=1, adversarial_ramp=4)
+    state = start = tiny_state(tx)
+    factors = []
+    for _ in range(3):
+        state, metrics = step(state, {"image": images}, {})
+        factors.append(float(metrics["adversarial_factor"]))
+        if len(factors) == 1:
+            same = jax.tree.map(np.array_equal, state.params["discriminator"], start.params["discriminator"])
+            assert jax.tree.all(same)
+    np.testing.assert_allclose(factors, [0, 0.25, 0.5])
+    assert not np.array_equal(state.params["discriminator"]["conv_in"]["kernel"], start.params["discriminator"]["conv_in"]["kernel"])
+
+
+def test_ema_follows_the_parameters():
+    tx = optax.sgd(1e-1)
+    images = ref.golden("vqgan_tiny.npz")["train/batches"][0]
+    start = tiny_state(tx)
+    state, _ = tiny_step(tx, ema_decay=0.5, perceptual=0.0)(start, {"image": images}, {})
+    old, new = (s.params["generator"]["quantizer"]["codebook"] for s in (start, state))
+    expected = 0.1 * old + 0.9 * new  # the first step's decay is (1 + 0) / (10 + 0)
+    np.testing.assert_allclose(state.ema["generator"]["quantizer"]["codebook"], expected, rtol=1e-5)
+    assert jnp.abs(new - old).max() > 0

@@ -1,0 +1,1 @@
+"""Import and export of the reference's checkpoints: key tables, strict both ways."""

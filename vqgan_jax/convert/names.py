@@ -1,0 +1,230 @@
+"""The reference's name and layout for each array of ours: one rule a kind, read in both directions.
+
+A rule maps one of our paths ("encoder/level_0_block_1/conv1/kernel") to a `Key`. Import looks each of our arrays up in
+the file; what the file holds beyond that must be on a list of known buffers, or the import fails.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from vqgan_jax.config import UserError
+
+Layout = Literal["same", "conv", "linear", "channel", "row"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A tensor of the reference, and how its axes stand: "conv" OIHW, "linear" [out, in], "channel" [1, c, 1, 1],
+    "row" [1, ...]; "same" as ours."""
+
+    name: str
+    layout: Layout = "same"
+
+
+def to_ours(array: np.ndarray, layout: Layout) -> np.ndarray:
+    """Brings a tensor of the reference into our layout. Raises ValueError for a wrong rank."""
+    ranks = {"conv": 4, "linear": 2, "channel": 4}
+    if array.ndim != ranks.get(layout, array.ndim):
+        raise ValueError(f"{array.ndim} axes where {ranks[layout]} belong")
+    match layout:
+        case "conv":
+            return array.transpose(2, 3, 1, 0)
+        case "linear":
+            return array.T
+        case "channel":
+            return array.reshape(-1)
+        case "row":
+            return array[0]
+    return array
+
+
+def to_reference(array: np.ndarray, layout: Layout) -> np.ndarray:
+    """The inverse of `to_ours`."""
+    match layout:
+        case "conv":
+            return array.transpose(3, 2, 0, 1)
+        case "linear":
+            return array.T
+        case "channel":
+            return array.reshape(1, -1, 1, 1)
+        case "row":
+            return array[None]
+    return array
+
+
+_LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+_AUTOENCODER = [
+    (r"level_(\d+)_block_(\d+)", r"{side}.\1.block.\2"),
+    (r"level_(\d+)_attention_(\d+)", r"{side}.\1.attn.\2"),
+    (r"level_(\d+)_downsample", r"{side}.\1.downsample.conv"),
+    (r"level_(\d+)_upsample", r"{side}.\1.upsample.conv"),
+    (r"middle/attention", "mid.attn_1"),
+    (r"middle/block", "mid.block"),
+    (r"/shortcut", ".nin_shortcut"),
+    (r"/query$", ".q"),
+    (r"/key$", ".k"),
+    (r"/value$", ".v"),
+    (r"/out$", ".proj_out"),
+]
+_QUANTIZER = {
+    "vq": {"codebook": Key("quantize.embedding.weight")},
+    "gumbel": {
+        "codebook": Key("quantize.embed.weight"),
+        "logits/kernel": Key("quantize.proj.weight", "conv"),
+        "logits/bias": Key("quantize.proj.bias"),
+    },
+}
+
+
+def generator_key(path: str, quantizer: str = "vq") -> Key:
+    """One of the VQGAN generator's parameters; `quantizer` is "vq" or "gumbel"."""
+    module, _, rest = path.partition("/")
+    if module == "quantizer":
+        return _QUANTIZER[quantizer][rest]
+    rest, leaf = path.rsplit("/", 1)
+    if module in ("encoder", "decoder"):
+        side = {"encoder": "down", "decoder": "up"}[module]
+        for pattern, replacement in _AUTOENCODER:
+            rest = re.sub(pattern, replacement.format(side=side), rest)
+    else:
+        rest = {"pre_quant": "quant_conv", "post_quant": "post_quant_conv"}[rest]
+    return Key(f"{rest.replace('/', '.')}.{_LEAF[leaf]}", "conv" if leaf == "kernel" else "same")
+
+
+def discriminator_key(path: str, layers: int, prefix: str = "loss.discriminator.main.") -> Key:
+    """One of the PatchGAN's parameters or running statistics."""
+    module, leaf = path.split("/")
+    kind, _, k = module.partition("_")
+    number = {"in": 0, "out": 3 * layers + 2}.get(k)
+    if number is None:
+        number = 3 * int(k) - (kind == "conv")
+    if kind == "conv":
+        return Key(f"{prefix}{number}.{_LEAF[leaf]}", "conv" if leaf == "kernel" else "same")
+    if leaf == "location":
+        return Key(f"{prefix}{number}.loc", "channel")
+    return Key(f"{prefix}{number}.{({'mean': 'running_mean', 'variance': 'running_var'} | _LEAF)[leaf]}")
+
+
+_VGG_LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # torchvision's `features` indices
+
+
+def lpips_key(path: str, prefix: str = "") -> Key:
+    """One of LPIPS's parameters, by the names of the reference's own file ("net.slice1.0.weight", "lin0.model.1.weight")."""
+    if match := re.fullmatch(r"linear_(\d)", path):
+        return Key(f"{prefix}lin{match[1]}.model.1.weight", "channel")
+    stage, k, leaf = re.fullmatch(r"stage_(\d)_conv_(\d)/(\w+)", path).groups()
+    layer = _VGG_LAYERS[int(stage)][int(k)]
+    return Key(f"{prefix}net.slice{int(stage) + 1}.{layer}.{_LEAF[leaf]}", "conv" if leaf == "kernel" else "same")
+
+
+def gpt_key(path: str, layer: int | None = None, prefix: str = "") -> Key:
+    """One of the transformer's parameters; those under "blocks/" are stacked, one tensor of the reference a layer."""
+    top = {
+        "token_embedding": Key(f"{prefix}tok_emb.weight"),
+        "position_embedding": Key(f"{prefix}pos_emb", "row"),
+        "norm_out/scale": Key(f"{prefix}ln_f.weight"),
+        "norm_out/bias": Key(f"{prefix}ln_f.bias"),
+        "head": Key(f"{prefix}head.weight", "linear"),
+    }
+    if path in top:
+        return top[path]
+    rest = path.removeprefix("blocks/")
+    if match := re.fullmatch(r"(norm[12])/(scale|bias)", rest):
+        return Key(f"{prefix}blocks.{layer}.{match[1].replace('norm', 'ln')}.{_LEAF[match[2]]}")
+    name, leaf = rest.rsplit("_", 1)
+    name = {
+        "attention/query": "attn.query",
+        "attention/key": "attn.key",
+        "attention/value": "attn.value",
+        "attention/out": "attn.proj",
+        "mlp_up": "mlp.0",
+        "mlp_down": "mlp.2",
+    }[name]
+    return Key(f"{prefix}blocks.{layer}.{name}.{_LEAF[leaf]}", "linear" if leaf == "kernel" else "same")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as {"a/b/c": leaf}."""
+    flat = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
+def read_tree(
+    tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], key: Callable[[str], Key], what: str
+) -> dict[str, Any]:
+    """Reads one of our trees out of a file of the reference.
+
+    Args:
+      tensors: name -> array; each is read once, one at a time.
+      shapes: our flat paths and their shapes. Paths under "blocks/" are stacked over their first axis.
+      key: a rule above; for stacked paths it takes `layer=`.
+      what: what is being read, for the error's text.
+
+    Raises:
+      UserError: a tensor that is missing or has another shape.
+    """
+    flat = {}
+    for path, shape in shapes.items():
+        if path.startswith("blocks/"):
+            stacked = np.empty(shape, np.float32)
+            for layer in range(shape[0]):
+                stacked[layer] = _read(tensors, key(path, layer=layer), shape[1:], what)
+            flat[path] = stacked
+        else:
+            flat[path] = _read(tensors, key(path), shape, what)
+    return unflatten(flat)
+
+
+def _read(tensors: Mapping[str, np.ndarray], key: Key, shape: tuple[int, ...], what: str) -> np.ndarray:
+    if key.name not in tensors:
+        raise UserError(f"{what}: the file has no tensor '{key.name}'")
+    array = tensors[key.name]
+    try:
+        ours = to_ours(array, key.layout)
+    except ValueError as error:
+        raise UserError(f"{what}: '{key.name}' has {error}") from None
+    if ours.shape != tuple(shape):
+        raise UserError(f"{what}: '{key.name}' has shape {array.shape}, which gives {ours.shape}; {tuple(shape)} belongs")
+    return np.ascontiguousarray(ours, np.float32)
+
+
+def write_tree(tree: Mapping[str, Any], key: Callable[[str], Key]) -> dict[str, np.ndarray]:
+    """The inverse of `read_tree`: our arrays under the reference's names and in its layout."""
+    tensors = {}
+    for path, value in flatten(tree).items():
+        value = np.asarray(value)
+        if path.startswith("blocks/"):
+            for layer in range(value.shape[0]):
+                at = key(path, layer=layer)
+                tensors[at.name] = np.ascontiguousarray(to_reference(value[layer], at.layout))
+        else:
+            at = key(path)
+            tensors[at.name] = np.ascontiguousarray(to_reference(value, at.layout))
+    return tensors
+
+
+def names_of(shapes: Mapping[str, tuple[int, ...]], key: Callable[[str], Key]) -> Iterable[str]:
+    """Every name of the reference that `read_tree` would read."""
+    for path, shape in shapes.items():
+        if path.startswith("blocks/"):
+            yield from (key(path, layer=layer).name for layer in range(shape[0]))
+        else:
+            yield key(path).name

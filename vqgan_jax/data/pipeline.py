@@ -1,0 +1,336 @@
+"""Batches from a source, on Grain: row -> example is a pure function of (seed, step, row).
+
+Nothing about a run's order is ever saved: a resumed run starts at its step, on any number of hosts, threads or worker
+processes. An unreadable example is replaced by the next readable one, so positions never shift, and is counted.
+"""
+
+import functools
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from grain.experimental import index_shuffle
+
+from vqgan_jax.config import UserError
+from vqgan_jax.data.sources import CorruptExample, Example, Source
+
+Batch = dict[str, np.ndarray]
+Transform = Callable[[Example, np.random.Generator], dict[str, np.ndarray]]
+
+_SHUFFLE, _AUGMENT = 1, 2  # keep the two uses of one seed apart
+_CHUNK = 16  # rows a unit of work: small enough to share a batch among threads, large enough to hide Grain's cost
+_ENOUGH = 100  # examples seen before the share of corrupt ones means anything
+
+
+def example_index(position: int, examples: int, seed: int) -> int:
+    """The example at `position` of an endless stream that shuffles anew each epoch and visits each example once in it."""
+    epoch, offset = divmod(position, examples)
+    return index_shuffle(offset, max_index=examples - 1, seed=_epoch_seed(seed, epoch), rounds=4)
+
+
+@functools.lru_cache(maxsize=8)
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return int(np.random.SeedSequence([_SHUFFLE, seed, epoch]).generate_state(1)[0])
+
+
+class _Reader:
+    """Reads examples, and steps over unreadable ones to the next readable one."""
+
+    def __init__(self, source: Source, transform: Transform, max_corrupt_share: float):
+        self.source, self.transform, self.max_corrupt_share = source, transform, max_corrupt_share
+
+    def __call__(self, index: int, seed: tuple[int, ...]) -> tuple[Batch, dict[int, CorruptExample]]:
+        """The row of example `index` or of the next readable one, and the unreadable ones on the way by index."""
+        corrupt: dict[int, CorruptExample] = {}
+        n = len(self.source)
+        while True:
+            try:
+                example = self.source[index]
+            except CorruptExample as error:
+                corrupt[index] = error
+                # Enough of the whole source is known to be unreadable, or all of it: do not read on to the end.
+                if len(corrupt) == n or len(corrupt) >= _ENOUGH and len(corrupt) > self.max_corrupt_share * n:
+                    raise _too_many_corrupt(len(corrupt), len(corrupt), str(error), self.max_corrupt_share) from None
+                index = (index + 1) % n
+                continue
+            return self.transform(example, np.random.default_rng(seed)), corrupt
+
+
+class _Chunks:
+    """The endless sequence of pieces of batches, for Grain: element k belongs to step start_step + k // pieces."""
+
+    def __init__(self, reader: _Reader, rows: np.ndarray, global_batch: int, seed: int, start_step: int):
+        self.reader, self.global_batch, self.seed, self.start_step = reader, global_batch, seed, start_step
+        self.pieces = np.array_split(rows, -(-len(rows) // _CHUNK))
+
+    def __len__(self) -> int:
+        return 1 << 60
+
+    def __getitem__(self, k: int) -> tuple[Batch, list[int], dict[int, tuple[str, str]]]:
+        """Rows stacked, the indices that were meant, and path and reason of those that could not be read."""
+        step, piece = divmod(k, len(self.pieces))
+        rows, indices, corrupt = [], [], {}
+        for row in self.pieces[piece]:
+            position = (self.start_step + step) * self.global_batch + int(row)
+            indices.append(example_index(position, len(self.reader.source), self.seed))
+            made, unreadable = self.reader(indices[-1], (_AUGMENT, self.seed, position))
+            rows.append(made)
+            corrupt.update({index: (error.path, error.reason) for index, error in unreadable.items()})
+        return _stack(rows), indices, corrupt
+
+
+class Pipeline(Iterator[Batch]):
+    """Endless training batches of the rows of one host; made by `pipeline`. Close it, or use it as a context manager.
+
+    Attributes:
+      replaced: reason by name of the examples that could not be read so far.
+    """
+
+    def __init__(self, chunks: _Chunks, threads: int, processes: int, max_corrupt_share: float):
+        self.replaced: dict[str, str] = {}
+        self._max_corrupt_share = max_corrupt_share
+        self._pieces = len(chunks.pieces)
+        self._seen = np.zeros(len(chunks.reader.source), bool)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + self._pieces if threads else 0)
+        dataset = grain.MapDataset.source(chunks).to_iter_dataset(options)
+        if processes:
+            if not flags.FLAGS.is_parsed():  # Grain asks for a flag of its own, also in a notebook or a test
+                flags.FLAGS.mark_as_parsed()
+            buffer = 1 + self._pieces // processes
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(processes, per_worker_buffer_size=buffer))
+        self._iterator = iter(dataset)
+
+    def __next__(self) -> Batch:
+        """The next batch: each key with a leading axis of the rows of this host.
+
+        Raises:
+          UserError: too many corrupt examples, or what the transform says of an example.
+        """
+        pieces = []
+        for _ in range(self._pieces):
+            piece, indices, corrupt = next(self._iterator)
+            pieces.append(piece)
+            self._seen[indices] = True
+            self._seen[list(corrupt)] = True
+            self.replaced.update(corrupt.values())
+        self._check_corrupt()
+        return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
+
+    def _check_corrupt(self) -> None:
+        if not self.replaced:
+            return
+        seen = int(np.count_nonzero(self._seen))
+        if seen >= min(_ENOUGH, len(self._seen)) and len(self.replaced) > self._max_corrupt_share * seen:
+            name, reason = next(iter(self.replaced.items()))
+            raise _too_many_corrupt(len(self.replaced), seen, f"{name}: {reason}", self._max_corrupt_share)
+
+    def close(self) -> None:
+        """Stops Grain's threads and processes."""
+        self._iterator.close()
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def pipeline(
+    source: Source,
+    *,
+    rows: np.ndarray,
+    global_batch: int,
+    seed: int,
+    start_step: int,
+    transform: Transform,
+    threads: int,
+    processes: int,
+    max_corrupt_share: float,
+) -> Pipeline:
+    """Opens the endless stream of training batches.
+
+    Args:
+      source: the examples.
+      rows: indices in 0..global_batch - 1 of the rows of the global batch that this host loads, in their order.
+      global_batch: rows of a batch over all hosts.
+      seed: of order and augmentation, >= 0.
+      start_step: the step whose batch comes first.
+      transform: from a raw example and a generator to the arrays of one row.
+      threads: reading threads (of each process); 0 reads when a batch is asked for.
+      processes: worker processes; 0 reads in this one, which is enough while decoding is what takes the time.
+      max_corrupt_share: share of unreadable examples, among those seen, above which reading stops.
+
+    Raises:
+      UserError: an empty source.
+    """
+    if not len(source):
+        raise UserError("config.data.source: it holds no examples")
+    reader = _Reader(source, transform, max_corrupt_share)
+    chunks = _Chunks(reader, np.asarray(rows), global_batch, seed, start_step)
+    return Pipeline(chunks, threads, processes, max_corrupt_share)
+
+
+class _EvaluationBatches:
+    """The finite sequence of evaluation batches, for Grain."""
+
+    def __init__(self, reader: _Reader, rows: np.ndarray, global_batch: int, examples: int):
+        self.reader, self.rows, self.global_batch, self.examples = reader, rows, global_batch, examples
+
+    def __len__(self) -> int:
+        return -(-self.examples // self.global_batch)
+
+    def __getitem__(self, step: int) -> Batch:
+        rows, valid = [], []
+        for row in self.rows:
+            position = step * self.global_batch + int(row)
+            index = min(position, self.examples - 1) * len(self.reader.source) // self.examples
+            made, unreadable = self.reader(index, (_AUGMENT, index))
+            rows.append(made)
+            valid.append(position < self.examples and not unreadable)
+        return _stack(rows) | {"valid": np.array(valid)}
+
+
+def evaluation(
+    source: Source,
+    *,
+    rows: np.ndarray,
+    global_batch: int,
+    transform: Transform,
+    limit: int | None = None,
+    threads: int = 2,
+) -> "Evaluation":
+    """Every example once, in order, the same on every pass and for every number of hosts.
+
+    The last batch is filled up with repeated rows; those, and rows of unreadable examples, have `valid` False.
+
+    Args:
+      source: the examples.
+      rows: indices of the rows of the global batch that this host loads.
+      global_batch: rows of a batch over all hosts.
+      transform: from a raw example to the arrays of one row; "center", without flip.
+      limit: at most so many examples, spread evenly over the source; None takes all.
+      threads: reading threads.
+
+    Returns:
+      a sized iterable of batches, with `valid` bool [b].
+
+    Raises:
+      UserError: an empty source; while iterating, a source of which nothing can be read.
+    """
+    examples = len(source) if limit is None else min(limit, len(source))
+    if not examples:
+        raise UserError("config.data.source: it holds no examples")
+    reader = _Reader(source, transform, max_corrupt_share=1.0)
+    return Evaluation(_EvaluationBatches(reader, np.asarray(rows), global_batch, examples), threads)
+
+
+class Evaluation:
+    """A sized iterable of evaluation batches; made by `evaluation`."""
+
+    def __init__(self, batches: _EvaluationBatches, threads: int):
+        self._batches = batches
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+        self._dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        iterator = iter(self._dataset)
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+
+def _stack(rows: list[Batch]) -> Batch:
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def _too_many_corrupt(count: int, seen: int, example: str, share: float) -> UserError:
+    return UserError(
+        f"{count} of {seen} examples cannot be read, such as {example}; "
+        f"mend the files, or raise config.data.max_corrupt_share ({share})"
+    )
+
+
+class DevicePrefetch(Iterator[Any]):
+    """Batches put on the device ahead of time by a thread; made by `prefetch_to_device`.
+
+    Attributes:
+      wait_seconds: how long the last `next` waited for its batch: the time that the input costs the step.
+    """
+
+    def __init__(self, batches: Iterable[Batch], put: Callable[[Batch], Any], size: int):
+        self.wait_seconds = 0.0
+        self._ready: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        self._free = threading.Semaphore(size)
+        self._end: BaseException | None = None
+        stop = threading.Event()
+        # The thread must not hold `self`, or an abandoned prefetch would never be collected.
+        thread = threading.Thread(
+            target=_fill, args=(iter(batches), put, self._ready, self._free, stop), name="prefetch", daemon=True
+        )
+        # Also runs at interpreter exit, where a daemon thread inside the runtime would crash it.
+        self._finalize = weakref.finalize(self, _stop, thread, self._free, stop)
+        thread.start()
+
+    def __next__(self) -> Any:
+        """The next batch on the device. Raises what reading or putting it raised, and again on every later call."""
+        if self._end is not None:
+            raise self._end
+        start = time.perf_counter()
+        batch, self._end = self._ready.get()
+        self.wait_seconds = time.perf_counter() - start
+        if self._end is not None:
+            raise self._end
+        self._free.release()
+        return batch
+
+    def close(self) -> None:
+        """Stops the thread and drops what it prepared. Does not close the iterator it read from; close that after."""
+        self._finalize()
+        self._end = self._end or StopIteration()
+        self._ready = queue.SimpleQueue()
+
+    def __enter__(self) -> "DevicePrefetch":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def prefetch_to_device(batches: Iterable[Batch], put: Callable[[Batch], Any], size: int = 2) -> DevicePrefetch:
+    """Reads `batches` in a thread and keeps up to `size` of them already on the device.
+
+    Args:
+      batches: host batches, endless or not.
+      put: from a host batch to its arrays on the devices.
+      size: batches held on the device beside the one in use.
+    """
+    return DevicePrefetch(batches, put, size)
+
+
+def _fill(batches: Iterator[Batch], put: Callable, ready: queue.SimpleQueue, free: threading.Semaphore, stop) -> None:
+    try:
+        for batch in batches:
+            free.acquire()
+            if stop.is_set():
+                return
+            ready.put((put(batch), None))
+        ready.put((None, StopIteration()))
+    except BaseException as error:  # whatever it is, the thread that waits must learn of it
+        ready.put((None, error))
+
+
+def _stop(thread: threading.Thread, free: threading.Semaphore, stop: threading.Event) -> None:
+    stop.set()
+    free.release()
+    if thread is not threading.current_thread():  # garbage can be collected in any thread
+        thread.join(timeout=5)

@@ -1,0 +1,262 @@
+"""From a raw example to arrays of one size: resize, crop and flip, together on the image and all that describes it.
+
+One `View` (a rectangle of the source picture, perhaps mirrored) is drawn for each example, and every kind of data is
+sampled through it. The reference resizes without antialiasing and blends segmentation ids; the first is an option here
+(`bilinear_no_antialias`), the second is not.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from vqgan_jax.config import UserError, choose, suggest
+from vqgan_jax.data.sources import Example
+from vqgan_jax.images import from_uint8
+
+Array = np.ndarray
+
+_PILLOW_FILTERS = {
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+NO_ANTIALIAS = "bilinear_no_antialias"
+FILTERS = (*_PILLOW_FILTERS, NO_ANTIALIAS)
+CROPS = ("random", "center", "random_resized")
+
+
+class View(NamedTuple):
+    """The part of a picture that is kept: top left corner and extent in source pixels, and whether it is mirrored."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    flip: bool = False
+
+
+def choose_view(
+    height: int, width: int, size: int, crop: str, crop_scale: tuple[float, ...], flip: bool, rng: np.random.Generator
+) -> View:
+    """Draws the view of a picture [height, width] that becomes [size, size].
+
+    "random" and "center" are the crop that follows a resize of the short side to `size`: the corner lies on the grid of
+    the resized picture. "random_resized" takes a square whose area is a share, uniform in `crop_scale`, of that of the
+    largest square, anywhere in the picture. `flip` mirrors half of the pictures.
+    """
+    if crop == "random_resized":
+        side = max(1.0, min(height, width) * math.sqrt(rng.uniform(*crop_scale)))
+        x, y = rng.uniform(0, width - side), rng.uniform(0, height - side)
+        extent = side, side
+    else:
+        short = min(height, width)
+        resized_height, resized_width = (max(size, round(n * size / short)) for n in (height, width))
+        spare = resized_height - size, resized_width - size
+        top, left = (int(rng.integers(n + 1)) for n in spare) if crop == "random" else (n // 2 for n in spare)
+        x_scale, y_scale = width / resized_width, height / resized_height
+        x, y = left * x_scale, top * y_scale
+        extent = size * x_scale, size * y_scale
+    return View(x, y, *extent, flip=bool(flip and rng.random() < 0.5))
+
+
+def sample_image(image: Array, view: View, size: int, resize: str) -> Array:
+    """uint8 [h, w, 3] seen through `view` as uint8 [size, size, 3]; `resize` is one of FILTERS."""
+    x, y, width, height, flip = view
+    if width == height == size and x == int(x) and y == int(y):  # nothing to resample
+        out = image[int(y) : int(y) + size, int(x) : int(x) + size]
+    elif resize == NO_ANTIALIAS:
+        out = np.rint(_bilinear(image, view, size)).astype(np.uint8)
+    else:
+        corners = (x, y, min(x + width, image.shape[1]), min(y + height, image.shape[0]))
+        out = np.asarray(Image.fromarray(image).resize((size, size), _PILLOW_FILTERS[resize], box=corners))
+    return out[:, ::-1] if flip else out
+
+
+def sample_segmentation(segmentation: Array, view: View, size: int) -> Array:
+    """Integer ids [h, w] seen through `view` as int32 [size, size]: the nearest id, never a blend."""
+    rows, columns = (
+        np.clip(np.floor(start + (np.arange(size) + 0.5) * extent / size).astype(np.intp), 0, n - 1)
+        for start, extent, n in zip((view.y, view.x), (view.height, view.width), segmentation.shape, strict=True)
+    )
+    out = segmentation[rows[:, None], columns[None]].astype(np.int32)
+    return out[:, ::-1] if view.flip else out
+
+
+def sample_depth(depth: Array, view: View, size: int) -> Array:
+    """Depth float32 [h, w] in [0, 1] seen through `view` as float32 [size, size, 1] in [-1, 1]."""
+    x, y, width, height, flip = view
+    corners = (x, y, min(x + width, depth.shape[1]), min(y + height, depth.shape[0]))
+    picture = Image.fromarray(np.ascontiguousarray(depth, np.float32))
+    out = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box=corners))[..., None] * 2 - 1
+    return out[:, ::-1] if flip else out
+
+
+def sample_boxes(boxes: Array, view: View, height: int, width: int) -> tuple[Array, Array]:
+    """Boxes float32 [n, 4] (x, y, w, h, relative to a picture [height, width]) relative to `view` and clipped to it.
+
+    Returns:
+      the boxes [n, 4], and visible bool [n]: False for a box of which nothing is left.
+    """
+    scale = np.array([width / view.width, height / view.height], np.float32)
+    shift = np.array([view.x / width, view.y / height], np.float32)
+    low = np.clip((boxes[:, :2] - shift) * scale, 0, 1)
+    high = np.clip((boxes[:, :2] + boxes[:, 2:] - shift) * scale, 0, 1)
+    extent = high - low
+    if view.flip:
+        low = np.stack([1 - high[:, 0], low[:, 1]], axis=1)
+    return np.concatenate([low, extent], axis=1).astype(np.float32), (extent > 0).all(axis=1)
+
+
+def crop_box(view: View, height: int, width: int) -> Array:
+    """The view as a box float32 [4] (x, y, w, h) relative to the picture, which is mirrored where the view is."""
+    x = width - view.x - view.width if view.flip else view.x
+    box = np.array([x / width, view.y / height, view.width / width, view.height / height], np.float32)
+    return np.clip(box, 0, 1)
+
+
+def _bilinear(image: Array, view: View, size: int) -> Array:
+    """Bilinear samples at half-pixel centres without antialiasing, as OpenCV resizes: float32 [size, size, c]."""
+    (top, bottom, fy), (left, right, fx) = (
+        _neighbours(start + (np.arange(size) + 0.5) * extent / size - 0.5, n)
+        for start, extent, n in zip((view.y, view.x), (view.height, view.width), image.shape[:2], strict=True)
+    )
+    rows = image[top] * (1 - fy[:, None, None]) + image[bottom] * fy[:, None, None]
+    return rows[:, left] * (1 - fx[:, None]) + rows[:, right] * fx[:, None]
+
+
+def _neighbours(position: Array, n: int) -> tuple[Array, Array, Array]:
+    position = np.clip(position, 0, n - 1)
+    before = np.floor(position).astype(np.intp)
+    return before, np.minimum(before + 1, n - 1), (position - before).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """Turns a raw example of a `Source` into the arrays of one batch row.
+
+    Fields:
+      keys: the batch keys to make, of KEYS.
+      size: height and width of the result in pixels.
+      resize: the filter for images, one of FILTERS.
+      crop: one of CROPS.
+      crop_scale: (low, high) share of the area for "random_resized".
+      flip: mirror half of the examples.
+      max_boxes: rows of `boxes`; of more boxes the largest are kept.
+      classes: number of labels.
+    """
+
+    keys: tuple[str, ...]
+    size: int
+    resize: Literal["box", "bilinear", "bicubic", "lanczos", "bilinear_no_antialias"]
+    crop: Literal["random", "center", "random_resized"]
+    crop_scale: tuple[float, ...]
+    flip: bool
+    max_boxes: int
+    classes: int
+
+    def __post_init__(self):
+        for key in self.keys:
+            choose("data key", key, KEYS)
+        choose("config.data.resize", self.resize, dict.fromkeys(FILTERS))
+        choose("config.data.crop", self.crop, dict.fromkeys(CROPS))
+        if self.crop == "random_resized" and not (
+            len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
+        ):
+            raise UserError(f"config.data.crop_scale: takes 0 < low <= high <= 1, got {self.crop_scale}")
+
+    @classmethod
+    def from_config(cls, data: ConfigDict, *, keys: tuple[str, ...], classes: int, train: bool) -> "Transform":
+        """The transform that `config.data` describes; with `train=False` the centre crop, never mirrored."""
+        return cls(
+            keys=tuple(keys),
+            size=data.image_size,
+            resize=data.resize,
+            crop=data.crop if train else "center",
+            crop_scale=tuple(data.crop_scale),
+            flip=bool(data.flip and train),
+            max_boxes=data.max_boxes,
+            classes=classes,
+        )
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Array]:
+        """Makes the row's arrays, without a batch axis.
+
+        Args:
+          example: as `Source` describes it.
+          rng: where crop and mirroring come from.
+
+        Raises:
+          UserError: the source has no such data, or a label is no class.
+        """
+        height, width = example["image"].shape[:2]
+        view = choose_view(height, width, self.size, self.crop, self.crop_scale, self.flip, rng)
+        return {key: KEYS[key](self, example, view) for key in self.keys}
+
+    def _image(self, example: Example, view: View) -> Array:
+        return from_uint8(sample_image(example["image"], view, self.size, self.resize))
+
+    def _label(self, example: Example, view: View) -> Array:
+        label = _take(example, "label")
+        if not 0 <= label < self.classes:
+            raise UserError(
+                f"config.data.source: an example has the label {label}, the classes are 0 to {self.classes - 1}"
+            )
+        return np.int32(label)
+
+    def _segmentation(self, example: Example, view: View) -> Array:
+        return sample_segmentation(_take(example, "segmentation"), view, self.size)
+
+    def _depth(self, example: Example, view: View) -> Array:
+        return sample_depth(_take(example, "depth"), view, self.size)
+
+    def _crop_box(self, example: Example, view: View) -> Array:
+        return crop_box(view, *example["image"].shape[:2])
+
+    def _boxes(self, example: Example, view: View) -> Array:
+        boxes, kept = self._kept_boxes(example, view)
+        return _padded(boxes[kept], self.max_boxes, 0)
+
+    def _box_classes(self, example: Example, view: View) -> Array:
+        _, kept = self._kept_boxes(example, view)
+        return _padded(_take(example, "box_classes")[kept].astype(np.int32), self.max_boxes, -1)
+
+    def _box_flags(self, example: Example, view: View) -> Array:
+        _, kept = self._kept_boxes(example, view)
+        flags = example.get("box_flags", np.zeros(len(example["boxes"]), np.int32))
+        return _padded(flags[kept].astype(np.int32), self.max_boxes, 0)
+
+    def _kept_boxes(self, example: Example, view: View) -> tuple[Array, Array]:
+        """All boxes as seen in the view, and the indices of those that stay, in the source's order."""
+        boxes, visible = sample_boxes(_take(example, "boxes"), view, *example["image"].shape[:2])
+        kept = np.flatnonzero(visible & (_take(example, "box_classes") >= 0))
+        areas = boxes[kept, 2] * boxes[kept, 3]
+        return boxes, np.sort(kept[np.argsort(-areas, kind="stable")[: self.max_boxes]])
+
+
+def _take(example: Example, key: str) -> Any:
+    if key not in example:
+        raise UserError(f"config.data.source: its examples have no '{key}'{suggest(key, example)}")
+    return example[key]
+
+
+def _padded(rows: Array, length: int, value: int) -> Array:
+    padding = np.full((length - len(rows), *rows.shape[1:]), value, rows.dtype)
+    return np.concatenate([rows, padding])
+
+
+KEYS: dict[str, Callable[[Transform, Example, View], Array]] = {
+    "image": Transform._image,
+    "label": Transform._label,
+    "segmentation": Transform._segmentation,
+    "depth": Transform._depth,
+    "boxes": Transform._boxes,
+    "box_classes": Transform._box_classes,
+    "box_flags": Transform._box_flags,
+    "crop_box": Transform._crop_box,
+}

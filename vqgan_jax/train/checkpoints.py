@@ -1,0 +1,422 @@
+"""Checkpoints that are whole or not there: Orbax writes them, a manifest of SHA-256 a file vouches for them.
+
+Orbax restores a file with a flipped byte without a word, and casts dtypes without one. So nothing is restored here that
+its manifest does not verify, and trees are compared before they are read. Also the portable form of a trained stage.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import traverse_util
+from jax.experimental import multihost_utils
+from safetensors.numpy import load_file, save_file
+
+from vqgan_jax.config import UserError, choose, suggest
+
+State = TypeVar("State")
+Record = dict[str, Any]
+
+MANIFEST = "manifest.json"
+STAGE_ARRAYS, STAGE_RECORD = "params.safetensors", "stage.json"
+_UNSEALED = "it has no manifest: the run was killed during the save"
+_NOTHING, _ALL_DAMAGED = -1, -2
+_logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run, one folder a step, saved in the background and verified when restored.
+
+    Every process of a run makes one and calls each method at the same step; process 0 alone hashes, and its choice of
+    a step to restore is broadcast, so that hosts never part. A context manager, closed when left.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep_last: int,
+        keep_best: int,
+        best_metric: str = "",
+        best_mode: Literal["min", "max"] = "min",
+    ):
+        """Opens `directory`, making it where it is missing.
+
+        Args:
+          directory: where the step folders lie.
+          keep_last: newest checkpoints kept, and never fewer than 2: while the newest has no manifest yet, the one
+            before it is all there is.
+          keep_best: best checkpoints by `best_metric` kept besides.
+          best_metric: the name of a metric handed to `save`; "" where keep_best is 0.
+          best_mode: whether the lowest or the highest value is best.
+
+        Raises:
+          UserError: the directory cannot be written, or the policy contradicts itself.
+        """
+        choose("config.checkpoint.best_mode", best_mode, {"min": 1, "max": -1})
+        if keep_last < 1:
+            raise UserError(f"config.checkpoint.keep_last: {keep_last} would keep nothing, write 1 or more")
+        if keep_best and not best_metric:
+            raise UserError("config.checkpoint.keep_best: name the metric in config.checkpoint.best_metric, or write 0")
+        self.directory = epath.Path(directory)
+        probe = self.directory / f".writable.{jax.process_index()}"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"--workdir {directory}: cannot write there ({error.strerror or error})") from None
+        self._ranking = {"best_metric": best_metric, "best_mode": best_mode}
+        self._keep = _Keep(keep_last, keep_best, _manifests(self.directory))
+        options = ocp.CheckpointManagerOptions(preservation_policy=self._keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "record"))
+        self._hasher = ThreadPoolExecutor(1, "manifest")
+        self._uncommitted: tuple[int, dict[str, Any]] | None = None
+        self._sealing: Future[None] | None = None
+
+    def save(self, step: int, state: Any, record: Record, metrics: Mapping[str, float] | None) -> None:
+        """Starts to save and returns once `state` is copied: it may be donated at once.
+
+        Blocks only while the save before is unfinished.
+
+        Args:
+          step: completed steps.
+          state: a tree of arrays (typed keys included).
+          record: plain JSON data that goes with them: format_version, config, step, seed.
+          metrics: evaluation scalars of this very step, by which the best is chosen; None where there was none.
+
+        Raises:
+          UserError: best_metric is not among `metrics`, or this or the save before could not be written.
+        """
+        self.wait()
+        best_metric = self._ranking["best_metric"]
+        if metrics is not None and best_metric and best_metric not in metrics:
+            raise UserError(f"config.checkpoint.best_metric: no metric '{best_metric}'{suggest(best_metric, metrics)}")
+        finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
+        manifest = {"step": step, "metrics": finite, **self._ranking}
+        self._keep.manifests[step] = manifest
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
+        self._orbax(step, lambda: self._manager.save(step, args=items, force=True))
+        self._uncommitted = (step, manifest)
+
+    def poll(self) -> None:
+        """Carries a running save on without blocking: once Orbax has committed, the manifest is begun. Call it often.
+
+        Raises:
+          UserError: the save failed, for example on a full disk; the checkpoint before it is untouched.
+        """
+        if self._uncommitted is not None and not self._manager.is_saving_in_progress():
+            self._seal()
+        if self._sealing is not None and self._sealing.done():
+            self._sealed()
+
+    def wait(self) -> None:
+        """Blocks until the last save is committed and its manifest written. Raises UserError as `poll` does."""
+        if self._uncommitted is not None:
+            self._seal()
+        if self._sealing is not None:
+            self._sealed()
+
+    def restore(self, abstract_state: State) -> tuple[State, Record] | None:
+        """Restores the newest checkpoint whose manifest verifies, None where there is none to restore.
+
+        Damaged ones are named in the log and moved aside to `<step>.damaged`, so that their step can be saved again.
+
+        Args:
+          abstract_state: a tree of ShapeDtypeStruct with the shardings to restore onto (any mesh).
+
+        Returns:
+          (state, record).
+
+        Raises:
+          UserError: checkpoints are there and all are damaged (a save cut short is none), or the tree, a shape or a
+            dtype differs from `abstract_state`; the leaves are named.
+        """
+        self.wait()
+        step = self._newest_whole()
+        self._manager.reload()
+        self._keep.manifests = _manifests(self.directory)
+        if step is None:
+            return None
+        _check_tree(self.directory / str(step), abstract_state)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), record=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        return restored.state, restored.record
+
+    def latest_step(self) -> int | None:
+        """The newest step with a manifest."""
+        return max(_manifests(self.directory), default=None)
+
+    def best_step(self) -> int | None:
+        """The step with the best metric, None where no checkpoint holds one."""
+        return next(iter(_best_first(_manifests(self.directory))), None)
+
+    def close(self) -> None:
+        """Finishes a running save and frees the threads."""
+        try:
+            self.wait()
+        finally:
+            self._hasher.shutdown()
+            self._orbax(None, self._manager.close)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _orbax(self, step: int | None, call: Callable[[], Any]) -> None:
+        """Orbax logs a background failure as a traceback and raises it besides; the user gets one line."""
+        absl, level = logging.getLogger("absl"), logging.getLogger("absl").level
+        absl.setLevel(logging.CRITICAL)
+        try:
+            call()
+        except Exception as error:
+            latest = self.latest_step()
+            last = "there is none before it" if latest is None else f"the newest whole one is of step {latest}"
+            reason = _first_line(error)
+            raise UserError(f"{self.directory}: checkpoint of step {step} was not saved ({reason}); {last}") from error
+        finally:
+            absl.setLevel(level)
+
+    def _seal(self) -> None:
+        (step, manifest), self._uncommitted = self._uncommitted, None
+        self._orbax(step, self._manager.wait_until_finished)
+        if jax.process_index() == 0:
+            self._sealing = self._hasher.submit(_write_manifest, self.directory / str(step), manifest)
+
+    def _sealed(self) -> None:
+        sealing, self._sealing = self._sealing, None
+        self._orbax(self._manager.latest_step(), sealing.result)
+
+    def _newest_whole(self) -> int | None:
+        found, faults = _NOTHING, {}
+        if jax.process_index() == 0:
+            steps = _steps(self.directory)[::-1]
+            for step in steps:
+                if not (fault := _fault(self.directory / str(step))):
+                    found = step
+                    break
+                faults[step] = fault
+            if found == _NOTHING and any(fault != _UNSEALED for fault in faults.values()):
+                found = _ALL_DAMAGED
+            else:
+                for step, fault in faults.items():
+                    _move_aside(self.directory / str(step), fault)
+        found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        if found == _ALL_DAMAGED:
+            names = "; ".join(f"{step}: {fault}" for step, fault in faults.items())
+            raise UserError(f"{self.directory}: every checkpoint is damaged ({names}); move them away to start afresh")
+        return None if found == _NOTHING else found
+
+
+def load(
+    directory: str | Path, *, step: int | None = None, best: bool = False, only: Sequence[str] = ()
+) -> tuple[dict[str, Any], Record]:
+    """Reads a verified checkpoint without knowing the state's type: for inference.
+
+    Args:
+      directory: the folder that was given to `Checkpoints`.
+      step: this very checkpoint; None for the newest whole one.
+      best: the best by the run's metric instead of the newest.
+      only: top-level entries of the state to read, such as ("ema", "codebook"); () for all.
+
+    Returns:
+      (nested dict of numpy arrays, record). Typed keys come as their uint32 data.
+
+    Raises:
+      UserError: no such checkpoint, all candidates are damaged, or an entry of `only` is unknown.
+    """
+    directory = epath.Path(directory)
+    steps = _steps(directory)
+    if step is not None and step not in steps:
+        raise UserError(f"{directory}: no checkpoint of step {step}{suggest(str(step), map(str, steps))}")
+    candidates = [step] if step is not None else _best_first(_manifests(directory)) if best else steps[::-1]
+    if not candidates:
+        raise UserError(f"{directory}: no checkpoint there" + (" with a metric to rank it by" if best else ""))
+    faults = []
+    for candidate in candidates:
+        folder = directory / str(candidate)
+        if not (fault := _fault(folder)):
+            break
+        _logger.warning("%s is damaged (%s): passed over", folder, fault)
+        faults.append(f"{candidate}: {fault}")
+    else:
+        raise UserError(f"{directory}: every checkpoint asked for is damaged ({'; '.join(faults)})")
+    tree = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
+    for name in only:
+        if name not in tree:
+            raise UserError(f"{folder}: the state has no entry '{name}'{suggest(name, tree)}")
+    item = {name: tree[name] for name in only or tree}
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
+        arrays = reader.restore(folder / "state", args=args)
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return arrays, reader.restore(folder / "record")
+
+
+def write_stage(directory: str | Path, arrays: Mapping[str, Any], record: Record) -> None:
+    """Writes a trained stage in its portable form: `params.safetensors` and `stage.json`, the record and the hash.
+
+    Args:
+      directory: made where it is missing; a stage that lies there is replaced.
+      arrays: nested dict of arrays; nested names are joined as "a/b/c", so no name may hold a slash.
+      record: plain JSON data.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in traverse_util.flatten_dict(arrays):
+        if any("/" in name for name in path):
+            raise ValueError(f"a name of a stage's array may not hold a slash: {path}")
+    flat = traverse_util.flatten_dict(arrays, sep="/")
+    # The record is the commit mark: while the arrays change, there is none.
+    (directory / STAGE_RECORD).unlink(missing_ok=True)
+    partial = directory / f"{STAGE_ARRAYS}.tmp"
+    save_file({name: np.asarray(array, order="C") for name, array in flat.items()}, partial)
+    digest = _sha256(epath.Path(partial))
+    partial.replace(directory / STAGE_ARRAYS)
+    _write_json(epath.Path(directory) / STAGE_RECORD, {"record": record, "sha256": digest})
+
+
+def read_stage(directory: str | Path) -> tuple[dict[str, Any], Record]:
+    """Reads what `write_stage` wrote: (nested dict of numpy arrays, record).
+
+    Raises:
+      UserError: the stage is missing, or its arrays are not those that were written.
+    """
+    directory = epath.Path(directory)
+    try:
+        stage = json.loads((directory / STAGE_RECORD).read_text())
+        digest = _sha256(directory / STAGE_ARRAYS)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: no whole stage there ({_first_line(error)})") from None
+    if digest != stage["sha256"]:
+        raise UserError(f"{directory / STAGE_ARRAYS}: damaged, its SHA-256 is not the one in {STAGE_RECORD}")
+    return traverse_util.unflatten_dict(load_file(directory / STAGE_ARRAYS), sep="/"), stage["record"]
+
+
+@dataclasses.dataclass
+class _Keep:
+    """Which steps stay: Orbax's preservation policy, asked at each save, when the new step has no manifest yet."""
+
+    last: int
+    best: int
+    manifests: dict[int, dict[str, Any]]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = sorted(info.step for info in checkpoints)
+        newest = steps[-max(self.last, 2) :]
+        best = _best_first({step: self.manifests[step] for step in steps if step in self.manifests})[: self.best]
+        return [info.step in newest or info.step in best for info in checkpoints]
+
+
+def _best_first(manifests: Mapping[int, Mapping[str, Any]]) -> list[int]:
+    """Steps that hold the metric their newest manifest ranks by, the best first, the newer first among equals."""
+    if not manifests:
+        return []
+    metric, mode = (manifests[max(manifests)][key] for key in ("best_metric", "best_mode"))
+    sign = -1 if mode == "max" else 1
+    scores = {step: sign * m["metrics"][metric] for step, m in manifests.items() if metric in m["metrics"]}
+    return sorted(scores, key=lambda step: (scores[step], -step))
+
+
+def _steps(directory: epath.Path) -> list[int]:
+    if not directory.exists():
+        return []
+    return sorted(int(folder.name) for folder in directory.iterdir() if folder.name.isdigit())
+
+
+def _manifests(directory: epath.Path) -> dict[int, dict[str, Any]]:
+    """Every readable manifest by its step, ascending."""
+    found = {}
+    for step in _steps(directory):
+        try:
+            found[step] = json.loads((directory / str(step) / MANIFEST).read_text())
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def _sha256(path: epath.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_manifest(folder: epath.Path, manifest: dict[str, Any]) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(4) as pool:  # hashing frees the interpreter lock
+        digests = pool.map(_sha256, files)
+        named = {path.relative_to(folder).as_posix(): digest for path, digest in zip(files, digests, strict=True)}
+    _write_json(folder / MANIFEST, {**manifest, "files": named})
+
+
+def _fault(folder: epath.Path) -> str:
+    """What is wrong with a step folder, "" for nothing."""
+    if not (folder / MANIFEST).exists():
+        return _UNSEALED
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{MANIFEST} cannot be read"
+
+    def check(name: str) -> str:
+        try:
+            return "" if _sha256(folder / name) == files[name] else f"{name} has changed since it was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror or error})"
+
+    with ThreadPoolExecutor(4) as pool:
+        return next(filter(None, pool.map(check, files)), "")
+
+
+def _move_aside(folder: epath.Path, fault: str) -> None:
+    aside, tries = folder.parent / f"{folder.name}.damaged", 1
+    while aside.exists():
+        tries += 1
+        aside = folder.parent / f"{folder.name}.damaged.{tries}"
+    folder.rename(aside)
+    _logger.warning("%s is damaged (%s): moved to %s, falling back to the one before", folder, fault, aside.name)
+
+
+def _check_tree(folder: epath.Path, abstract_state: Any) -> None:
+    """Raises UserError that names the leaves where the saved tree and the wanted one differ in name, shape or dtype."""
+
+    def describe(tree: Any) -> dict[str, str]:
+        named = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # Orbax stores a typed key as its data
+                leaf = jax.eval_shape(jax.random.key_data, leaf)
+            named[jax.tree_util.keystr(path, simple=True, separator="/")] = f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+        return named
+
+    there, here = describe(ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree), describe(abstract_state)
+    found = [
+        f"{name}: {there.get(name, 'nothing')} there, {here.get(name, 'nothing')} here"
+        for name in sorted(there | here)
+        if there.get(name) != here.get(name)
+    ]
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise UserError(f"{folder}: does not fit this config: {'; '.join(found[:5])}{more}")
+
+
+def _write_json(path: epath.Path, value: Any) -> None:
+    """Writes through a temporary file and a rename, so that the file is whole or not there."""
+    partial = path.parent / f"{path.name}.tmp"
+    partial.write_text(json.dumps(value, indent=1))
+    partial.replace(path)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -1,0 +1,340 @@
+"""The training loop of both stages: order of events, logging, pictures, preemption, and the budget of non-finite steps.
+
+It knows steps, metrics and batches, and nothing of models. The device is never made to wait: step n is dispatched, then
+the metrics of n - 1 are read, and checkpoints are written in the background.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType, MappingProxyType
+from typing import Any, Protocol, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from vqgan_jax.config import UserError
+from vqgan_jax.images import save_png
+from vqgan_jax.train.checkpoints import Checkpoints
+from vqgan_jax.train.metric_writer import MetricWriter
+
+State = TypeVar("State")
+Batch = Mapping[str, jax.Array]
+
+PREEMPTED = 42  # the exit code that job schedulers are told to restart on
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How many steps in all, and every how many something is done; 0 is never. The last step counts as due."""
+
+    total: int
+    log: int
+    evaluate: int
+    save: int
+    images: int
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether what is done every `every` steps is done after `step` completed steps."""
+        return every > 0 and (step % every == 0 or step == self.total)
+
+
+class Batches(Protocol):
+    """An endless iterator of batches on the device, with the seconds that its last `next` waited for data."""
+
+    wait_seconds: float
+
+    def __next__(self) -> Batch: ...
+
+    def close(self) -> None: ...
+
+
+def train(
+    state: State,
+    *,
+    step_fn: Callable[[State, Batch], tuple[State, Mapping[str, jax.Array]]],
+    batches: Batches,
+    schedule: Schedule,
+    checkpoints: Checkpoints,
+    writer: MetricWriter,
+    record: Mapping[str, Any],
+    start_step: int,
+    workdir: str | Path,
+    nonfinite_budget: int,
+    examples_per_step: int,
+    evaluate: Callable[[State, int], Mapping[str, float]] | None = None,
+    draw: Callable[[State, int], Mapping[str, np.ndarray]] | None = None,
+    units: Mapping[str, float] = MappingProxyType({}),
+    headline: Sequence[str] = (),
+    profile: tuple[int, int] | None = None,
+) -> State:
+    """Trains from `start_step` to `schedule.total` and returns the last state.
+
+    After s completed steps: evaluate, draw and save where due, in this order, then take a batch, then step. None of
+    them is done again at the step a run starts from. The batches are closed at the end, however it comes.
+
+    Args:
+      state: a struct of arrays; its `skipped` (int32 scalar), where it has one, counts non-finite steps so far.
+      step_fn: jitted, with the state donated; its metrics are scalars. A metric `skipped` of 1 says that the step was
+        not finite and the old state kept.
+      batches: yields the batch of step `start_step` first.
+      schedule: when what is done.
+      checkpoints: where to save; open.
+      writer: where metrics and pictures go; cut back to `start_step`.
+      record: JSON data saved with each checkpoint, to which `step` is added.
+      start_step: completed steps of `state`.
+      workdir: pictures go to images/NAME_STEP.png, refused batches to nonfinite/, traces to profile/.
+      nonfinite_budget: how many steps may be skipped in the whole run.
+      examples_per_step: for `images/s`.
+      evaluate: (state, step) -> scalars, logged as val/NAME; those at a save's step choose the best checkpoint.
+      draw: (state, step) -> pictures by name, uint8 [h, w, c].
+      units: further rates, such as {"tokens/s": 2048}, by their amount a step.
+      headline: metrics to show beside the progress; without them up to three whose names hold "loss".
+      profile: (first, last): trace the steps between these two counts of completed steps with the JAX profiler.
+
+    Raises:
+      UserError: more steps were not finite than the budget allows, or a checkpoint could not be saved.
+      SystemExit: with code PREEMPTED after SIGTERM or one SIGINT, once the state is saved.
+    """
+    if start_step >= schedule.total:
+        _say(f"already finished: {start_step} of {schedule.total} steps are done")
+        return state
+    workdir = Path(workdir)
+    rates = {"images/s": examples_per_step, **units}
+    skipped = int(jax.device_get(getattr(state, "skipped", 0)))
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_StopRequest())
+        stack.callback(writer.flush)
+        stack.callback(checkpoints.wait)
+        stack.callback(batches.close)
+        progress = stack.enter_context(_Progress(schedule.total, start_step, headline))
+        report = _Report(writer, progress, schedule, rates, workdir, nonfinite_budget, skipped)
+        step = start_step
+        while True:
+            # A job that must go has seconds left: it saves, and leaves the evaluation of this step out.
+            stopping = stop.requested(step) and step < schedule.total
+            fresh = step > start_step
+            evaluating = fresh and not stopping and evaluate is not None and schedule.due(schedule.evaluate, step)
+            drawing = fresh and not stopping and draw is not None and schedule.due(schedule.images, step)
+            saving = fresh and schedule.save > 0 and (stopping or schedule.due(schedule.save, step))
+            if evaluating or drawing or saving or stopping or step == schedule.total:
+                report.settle()  # a checkpoint of step s promises that the logs hold step s
+            scalars = None
+            if evaluating:
+                scalars = {f"val/{name.removeprefix('val/')}": float(v) for name, v in evaluate(state, step).items()}
+                writer.write_scalars(step, scalars)
+                progress.say(f"step {step}: {_line(scalars)}")
+            if drawing:
+                _draw(draw(state, step), step, writer, workdir)
+            if saving:
+                writer.flush()
+                checkpoints.save(step, state, {**record, "step": step}, scalars)
+            if evaluating or drawing or saving:
+                report.restart_clock()
+            if step == schedule.total:
+                break
+            if stopping:
+                checkpoints.wait()
+                progress.say(f"preempted at step {step}: {'saved' if saving else 'nothing to save'}")
+                raise SystemExit(PREEMPTED)
+            if profile is not None and step == profile[0]:
+                jax.profiler.start_trace(str(workdir / "profile"))
+                stack.callback(jax.profiler.stop_trace)
+            batch = next(batches)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = step_fn(state, batch)
+            step += 1
+            report.push(step, metrics, batch, batches.wait_seconds)
+            checkpoints.poll()
+    return state
+
+
+class _Report:
+    """Reads each step's metrics one step late, times the steps, logs, and counts the steps that were not finite."""
+
+    def __init__(
+        self,
+        writer: MetricWriter,
+        progress: "_Progress",
+        schedule: Schedule,
+        rates: Mapping[str, float],
+        workdir: Path,
+        budget: int,
+        skipped: int,
+    ):
+        self._writer, self._progress, self._schedule, self._rates = writer, progress, schedule, rates
+        self._workdir, self._budget, self._skipped = workdir, budget, skipped
+        self._pending: tuple[int, Mapping[str, jax.Array], Batch] | None = None
+        self._read_at: float | None = None  # None until the first step, which compiles, is over
+        self._seconds: list[float] = []
+        self._waits: list[float] = []
+
+    def push(self, step: int, metrics: Mapping[str, jax.Array], batch: Batch, waited: float) -> None:
+        """Takes the metrics of the step just dispatched and reads those of the one before."""
+        self._waits.append(waited)
+        self.settle()
+        self._pending = (step, metrics, batch)
+
+    def settle(self) -> None:
+        """Reads the metrics not read yet, waiting for their step to end."""
+        if self._pending is None:
+            return
+        (step, metrics, batch), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        now = time.perf_counter()
+        if self._read_at is not None:
+            self._seconds.append(now - self._read_at)
+        self._read_at = now
+        if "skipped" in values:
+            self._count_skipped(step, values, batch)
+        logging_now = self._schedule.due(self._schedule.log, step)
+        if logging_now:
+            values |= self._speed()
+            self._writer.write_scalars(step, values)
+        self._progress.advance(step, values, line=logging_now)
+
+    def restart_clock(self) -> None:
+        """Leaves out of the step times what was done since the last one ended."""
+        if self._read_at is not None:
+            self._read_at = time.perf_counter()
+
+    def _speed(self) -> dict[str, float]:
+        if not self._seconds:
+            return {}
+        mean = float(np.mean(self._seconds))
+        speed = {name: amount / mean for name, amount in self._rates.items()}
+        speed |= {"step_seconds": mean, "step_seconds_p99": float(np.percentile(self._seconds, 99))}
+        speed["data_wait_seconds"] = float(np.mean(self._waits))
+        self._seconds, self._waits = [], []
+        return speed
+
+    def _count_skipped(self, step: int, values: dict[str, float], batch: Batch) -> None:
+        """Turns the flag `skipped` into the run's count; raises UserError, the batch dumped, when over the budget."""
+        bad = values["skipped"] > 0
+        self._skipped += bad
+        values["skipped"] = float(self._skipped)
+        if not bad:
+            return
+        terms = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+        if self._skipped <= self._budget:
+            of_budget = f"{self._skipped} of {self._budget} allowed"
+            self._progress.say(f"step {step} was not finite ({terms}): the old state was kept ({of_budget})")
+            return
+        suffix = "" if jax.process_count() == 1 else f"_host{jax.process_index()}"
+        path = self._workdir / "nonfinite" / f"step_{step:08d}{suffix}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **{name: _local_rows(array) for name, array in batch.items()})
+        raise UserError(
+            f"step {step} was not finite ({terms}), and config.nonfinite_budget allows {self._budget} such steps: "
+            f"its batch is in {path}"
+        )
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere one line a logging interval. Process 0 alone shows it."""
+
+    def __init__(self, total: int, start_step: int, headline: Sequence[str]):
+        self._total, self._headline = total, tuple(headline)
+        self._bar = None
+        if jax.process_index() == 0 and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=start_step, unit="step", dynamic_ncols=True)
+        self._redirect = logging_redirect_tqdm() if self._bar is not None else contextlib.nullcontext()
+        self._speed = ""
+
+    def __enter__(self) -> "_Progress":
+        self._redirect.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._redirect.__exit__(*error)
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, step: int, values: Mapping[str, float], *, line: bool) -> None:
+        """Shows the metrics of `step`; `line`: whether this is a step that is logged."""
+        names = self._headline or [name for name in values if "loss" in name][:3] or list(values)[:3]
+        shown = {name: values[name] for name in names if name in values}
+        if "images/s" in values:
+            self._speed = f"{values['images/s']:.4g} images/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(filter(None, [_line(shown), self._speed])), refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif line:
+            left = (self._total - step) * values.get("step_seconds", math.nan)
+            eta = "" if math.isnan(left) else f"{datetime.timedelta(seconds=round(left))} left"
+            _say(", ".join(filter(None, [f"step {step}/{self._total}: {_line(shown)}", self._speed, eta])))
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            _say(text)
+
+
+class _StopRequest:
+    """Whether the job was told to go: SIGTERM, or SIGINT, the second of which interrupts at once.
+
+    With several processes JAX's preemption service holds SIGTERM and names a step that all hosts reach together.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopRequest":
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def requested(self, step: int) -> bool:
+        """Asked once before every step, by every process."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[number])
+
+
+def _draw(pictures: Mapping[str, np.ndarray], step: int, writer: MetricWriter, workdir: Path) -> None:
+    writer.write_images(step, {name: picture[None] for name, picture in pictures.items()})
+    if jax.process_index() == 0:
+        for name, picture in pictures.items():
+            save_png(workdir / "images" / f"{name.replace('/', '_')}_{step:08d}.png", picture)
+
+
+def _local_rows(array: Any) -> np.ndarray:
+    """The rows of a batch array that this host holds, replicas once."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[row]) for row in sorted(shards)])
+
+
+def _line(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}={value:.4g}" for name, value in values.items())
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)

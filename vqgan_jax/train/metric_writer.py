@@ -1,0 +1,224 @@
+"""Where a run's numbers and pictures go: metrics.jsonl, TensorBoard event files, the log, and CLU where it imports.
+
+The methods carry the names of clu.metric_writers.MetricWriter, whose own writers need TensorFlow. A run that resumes at
+step N cuts its logs back to N, so that they read like those of a run that was never stopped.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import summary
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import RecordWriter
+
+JSON_LINES, TENSORBOARD, CLU = "metrics.jsonl", "tensorboard", "clu"
+_EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)")
+_logger = logging.getLogger(__name__)
+
+
+class MetricWriter:
+    """Hands everything on to its sinks, which have these very methods. A context manager, closed when left."""
+
+    def __init__(self, sinks: Sequence[Any]):
+        self._sinks = tuple(sinks)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Numbers after `step` completed steps; they may be NaN or infinite."""
+        scalars = {name: float(value) for name, value in scalars.items()}
+        self._each("write_scalars", step, scalars)
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Pictures uint8 [n, h, w, c] with 1 or 3 channels. Raises ValueError for anything else."""
+        for name, pictures in images.items():
+            if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] not in (1, 3):
+                raise ValueError(f"{name}: takes uint8 [n, h, w, 1 or 3], got {pictures.dtype} {pictures.shape}")
+        self._each("write_images", step, images)
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Texts, shown as Markdown by TensorBoard."""
+        self._each("write_texts", step, texts)
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Hyper-parameters, flat names; once a run."""
+        self._each("write_hparams", hparams)
+
+    def write_histograms(
+        self, step: int, arrays: Mapping[str, np.ndarray], num_buckets: Mapping[str, int] | None = None
+    ) -> None:
+        """Histograms of arrays of any shape, with 30 buckets unless `num_buckets` names another number."""
+        buckets = {name: (num_buckets or {}).get(name, 30) for name in arrays}
+        self._each("write_histograms", step, arrays, buckets)
+
+    def flush(self) -> None:
+        """Puts everything written so far on disk."""
+        self._each("flush")
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._each("close")
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _each(self, method: str, *args: Any) -> None:
+        for sink in self._sinks:
+            getattr(sink, method)(*args)
+
+
+def open_writer(workdir: str | Path, *, resume_step: int, hand_to_clu: bool = False) -> MetricWriter:
+    """Opens the logs of a run and cuts them back to `resume_step`; on processes other than 0 a writer of nothing.
+
+    Args:
+      workdir: holds metrics.jsonl and tensorboard/ (and clu/).
+      resume_step: completed steps of the restored checkpoint; what was logged after it is removed. 0 removes it all.
+      hand_to_clu: also write through clu's default writer, where TensorFlow imports.
+    """
+    if jax.process_index() != 0:
+        return MetricWriter(())
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    sinks = [
+        _JsonLines(workdir / JSON_LINES, resume_step),
+        _TensorBoard(workdir / TENSORBOARD, resume_step),
+        _Console(),
+    ]
+    if hand_to_clu:
+        try:
+            from clu import metric_writers
+        except ImportError as error:
+            _logger.warning("clu.metric_writers does not import (%s): written to the other logs alone", error)
+        else:
+            sinks.append(metric_writers.create_default_writer(str(workdir / CLU), asynchronous=False))
+    return MetricWriter(sinks)
+
+
+class _Silent:
+    """A sink that takes nothing: each sink overrides what it does take."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None: ...
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None: ...
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None: ...
+
+    def write_histograms(self, step: int, arrays: Mapping[str, np.ndarray], buckets: Mapping[str, int]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Console(_Silent):
+    """One line of the log a call, at level INFO; the training loop draws its bar around it."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        _logger.info("step %d: %s", step, ", ".join(f"{name}={value:.5g}" for name, value in scalars.items()))
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        for name, text in texts.items():
+            _logger.info("step %d: %s: %s", step, name, text)
+
+
+class _JsonLines(_Silent):
+    """One JSON object a line: {"step", "time" (seconds since 1970), names...}; "nan", "inf", "-inf" are strings."""
+
+    def __init__(self, path: Path, resume_step: int):
+        if path.exists():
+            kept = [line for line in path.read_bytes().splitlines(keepends=True) if _stays(line, resume_step)]
+            partial = path.with_suffix(".tmp")
+            partial.write_bytes(b"".join(kept))
+            partial.replace(path)
+        self._file = path.open("a")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._write(step, {name: value if math.isfinite(value) else str(value) for name, value in scalars.items()})
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        self._write(step, texts)
+
+    def flush(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}, allow_nan=False) + "\n")
+        self._file.flush()  # a killed process then loses no finished line
+
+
+def _stays(line: bytes, resume_step: int) -> bool:
+    """Whether a line is whole (a killed process may tear its last one) and of a step that stands."""
+    try:
+        return resume_step > 0 and line.endswith(b"\n") and json.loads(line)["step"] <= resume_step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+class _TensorBoard(_Silent):
+    """Event files, one a start of the run, numbered so that TensorBoard reads them in order on any clock.
+
+    A start is marked in the file: every reader of TensorBoard then drops what older files hold from that step on.
+    """
+
+    def __init__(self, folder: Path, resume_step: int):
+        folder.mkdir(exist_ok=True)
+        taken = [int(match[1]) for path in folder.iterdir() if (match := _EVENT_FILE.fullmatch(path.name))]
+        self._records = RecordWriter(str(folder / f"events.out.tfevents.{max(taken, default=0) + 1:06d}"))
+        self._resumed = resume_step > 0
+        self._write(event_pb2.Event(file_version="brain.Event:2"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(event_pb2.Event(step=resume_step + 1 if self._resumed else 0, session_log=start))
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._summary(step, summary.scalar(name, value))
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        for name, pictures in images.items():
+            for k, picture in enumerate(pictures):
+                tag = name if len(pictures) == 1 else f"{name}/{k}"
+                self._summary(step, summary.image(tag, picture, dataformats="HWC"))
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        for name, text in texts.items():
+            self._summary(step, summary.text(name, text))
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        if not self._resumed:  # they stand at step 0, which a later start keeps
+            known = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hparams.items()}
+            for part in summary.hparams(known, {}):
+                self._summary(0, part)
+
+    def write_histograms(self, step: int, arrays: Mapping[str, np.ndarray], buckets: Mapping[str, int]) -> None:
+        for name, array in arrays.items():
+            self._summary(step, summary.histogram(name, np.asarray(array), bins=buckets[name]))
+
+    def flush(self) -> None:
+        self._records.flush()
+
+    def close(self) -> None:
+        self._records.flush()
+        self._records.close()
+
+    def _summary(self, step: int, value: Any) -> None:
+        self._write(event_pb2.Event(step=step, summary=value))
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())

@@ -1,0 +1,64 @@
+"""Learning-rate schedules and optimizers from `config.optimizer`."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam with optional decoupled decay, clipping and a schedule. Durations are steps."""
+
+    learning_rate: float
+    scale_by_batch: bool  # the reference's rule: learning_rate is for one example and is multiplied by the global batch
+    b1: float
+    b2: float
+    epsilon: float
+    weight_decay: float  # on kernels only
+    clip_norm: float  # of the whole gradient; 0 = off
+    schedule: Literal["constant", "cosine", "linear"]
+    warmup: int  # steps from 0 to the peak
+    hold: int  # steps at the peak before the decay starts
+    final_share: float  # of the peak, where the decay ends
+
+
+def make_schedule(config: OptimizerConfig, total: int, batch_size: int) -> optax.Schedule:
+    """Step -> learning rate: linear warm-up, hold, then constant, half a cosine or a line down to the final share."""
+    peak = config.learning_rate * (batch_size if config.scale_by_batch else 1)
+    decay = max(total - config.warmup - config.hold, 1)
+    tail = {
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, decay, config.final_share),
+        "linear": optax.linear_schedule(peak, peak * config.final_share, decay),
+    }[config.schedule]
+    parts, borders = [tail], []
+    if config.hold:
+        parts, borders = [optax.constant_schedule(peak), *parts], [config.hold]
+    if config.warmup:
+        ramp = lambda step: peak * (step + 1) / config.warmup  # noqa: E731
+        parts, borders = [ramp, *parts], [config.warmup, *(border + config.warmup for border in borders)]
+    return optax.join_schedules(parts, borders)
+
+
+def kernels_only(params: Any) -> Any:
+    """True for weights that decay: kernels and the head, by name (stacked biases and scales are 2-D too)."""
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value").rsplit("/", 1)[-1]
+        return name.endswith("kernel") or name == "head"
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule, mask: Callable[[Any], Any] = kernels_only
+) -> optax.GradientTransformation:
+    """Clip, Adam, decoupled decay on what `mask` says, learning rate. Equals torch's Adam and AdamW."""
+    steps = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    steps.append(optax.scale_by_adam(config.b1, config.b2, config.epsilon))
+    if config.weight_decay:
+        steps.append(optax.add_decayed_weights(config.weight_decay, mask))
+    return optax.chain(*steps, optax.scale_by_learning_rate(schedule))

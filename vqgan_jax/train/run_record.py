@@ -1,0 +1,82 @@
+"""What ran: the config, the command, the source's revision and changes, and the versions, written at every start."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import vqgan_jax
+from vqgan_jax.config import plain
+
+MAX_DIFF_BYTES = 1 << 20
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def write_run_record(workdir: str | Path, config: Mapping[str, Any]) -> None:
+    """Writes workdir/config.json, workdir/run/<k>.json and, where the source was changed, workdir/run/<k>.diff.
+
+    k counts the starts from 0. Processes other than 0 write nothing. The host's name is left out on purpose.
+
+    Args:
+      workdir: the run's folder, made where it is missing.
+      config: the run's config.
+    """
+    if jax.process_index() != 0:
+        return
+    runs = Path(workdir) / "run"
+    runs.mkdir(parents=True, exist_ok=True)
+    _write_json(Path(workdir) / "config.json", plain(config))
+    start = len(list(runs.glob("*.json")))
+    git, diff = git_state(Path(vqgan_jax.__file__).resolve().parent.parent)
+    if diff:
+        (runs / f"{start}.diff").write_bytes(diff)
+    versions = {"python": platform.python_version(), "vqgan_jax": vqgan_jax.__version__}
+    devices = jax.devices()
+    record = {
+        "argv": sys.argv,
+        "git": git,
+        "versions": versions | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "devices": {
+            "kind": devices[0].device_kind,
+            "platform": devices[0].platform,
+            "count": len(devices),
+            "processes": jax.process_count(),
+        },
+    }
+    _write_json(runs / f"{start}.json", record)
+
+
+def git_state(root: Path) -> tuple[dict[str, Any] | str, bytes]:
+    """The state of the source tree `root`.
+
+    Returns:
+      ({"revision", "dirty", "diff_truncated"}, the diff against the revision, at most MAX_DIFF_BYTES), or ("no git", b"")
+      where `root` is not itself the top of a git tree with a commit.
+    """
+
+    def git(*args: str) -> bytes:
+        command = ["git", "-C", str(root), *args]
+        return subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel").decode().strip()).resolve() != root.resolve():
+            return "no git", b""
+        revision = git("rev-parse", "HEAD").decode().strip()
+        dirty = bool(git("status", "--porcelain").strip())
+        diff = git("diff", "HEAD", "--no-ext-diff")
+    except (OSError, subprocess.SubprocessError):
+        return "no git", b""
+    state = {"revision": revision, "dirty": dirty, "diff_truncated": len(diff) > MAX_DIFF_BYTES}
+    return state, diff[:MAX_DIFF_BYTES]
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(path)

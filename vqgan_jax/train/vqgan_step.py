@@ -1,0 +1,237 @@
+"""Stage 1: the GAN step (arXiv 2012.09841, equations 5 to 7) as pure functions of (state, batch, frozen).
+
+One forward pass of the generator under `jax.vjp`; the cotangents of the reconstruction loss and of the adversarial loss
+are taken at the picture, pulled through the last layer alone for the adaptive weight, mixed, and pulled back once.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vqgan_jax import losses
+from vqgan_jax.models.autoencoder import last_layer
+from vqgan_jax.models.discriminators import PatchGAN
+from vqgan_jax.models.lpips import LPIPS
+from vqgan_jax.models.quantizers import apply_restart, perplexity
+from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
+from vqgan_jax.train.state import Metrics, TrainState, Tree, accumulate, guard, update_ema
+
+
+@dataclasses.dataclass(frozen=True)
+class VQGANObjective:
+    """What the step minimises. Durations are optimizer steps."""
+
+    reconstruction: Literal["l1", "bce"]
+    pixel_weight: float
+    perceptual_weight: float  # LPIPS; 0 = no LPIPS network
+    quantizer_weight: float
+    discriminator_loss: Literal["hinge", "vanilla"]
+    adversarial_weight: float  # times the adaptive weight, where that is on
+    adversarial_start: int
+    adversarial_ramp: int  # steps over which the weight grows from 0; 0 = at once
+    adaptive: bool
+    adaptive_epsilon: float
+    adaptive_maximum: float
+    schedule: Literal["simultaneous", "alternating"]  # alternating: the discriminator sees the updated generator
+    idle_discriminator_updates: bool  # before the start the reference feeds its discriminator's Adam zero gradients
+
+
+def model_input(config: VQGANConfig, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """What the VQGAN reconstructs: float32 [b, h, w, c]; a segmentation as one-hot labels."""
+    x = batch[config.input_key]
+    if config.input_key == "segmentation":
+        return jax.nn.one_hot(x, config.autoencoder.in_channels)
+    return x
+
+
+def make_init(
+    model: VQGAN, tx: Mapping[str, optax.GradientTransformation], ema: bool
+) -> Callable[[jax.Array], TrainState]:
+    """Returns `init(key) -> TrainState`, to be run by `parallel.init_sharded`."""
+    c = model.config
+
+    def init(key: jax.Array) -> TrainState:
+        key_g, key_d, root = jax.random.split(key, 3)
+        size = c.autoencoder.resolution
+        images = jnp.zeros((1, size, size, c.autoencoder.in_channels))
+        variables = model.init({"params": key_g, "quantizer": key_g}, images)
+        params = {"generator": variables.pop("params")}
+        collections = {"generator": variables}
+        if c.discriminator:
+            images = jnp.zeros((1, size, size, c.autoencoder.out_channels))
+            variables = PatchGAN(c.discriminator).init(key_d, images)
+            params["discriminator"] = variables.pop("params")
+            collections["discriminator"] = variables
+        opt_state = {name: tx[name].init(params[name]) for name in params}
+        return TrainState.create(root, params, collections, opt_state, {"generator": params["generator"]} if ema else {})
+
+    return init
+
+
+def make_step(
+    model: VQGAN,
+    objective: VQGANObjective,
+    lpips: LPIPS,
+    tx: Mapping[str, optax.GradientTransformation],
+    *,
+    ema_decay: float,
+    accumulation: int = 1,
+) -> Callable[[TrainState, Mapping[str, jax.Array], Tree], tuple[TrainState, Metrics]]:
+    """Returns the train step `(state, batch, frozen) -> (state, metrics)`; `frozen["lpips"]` holds LPIPS's variables.
+
+    Metrics: every loss, `adaptive_weight`, `adversarial_factor`, the discriminator's mean logits, `codebook_usage` (share of the codes
+    in this batch), `codebook_perplexity`, gradient norms, `skipped`.
+    """
+    o, c = objective, model.config
+    discriminator = PatchGAN(c.discriminator, model.dtype) if c.discriminator else None
+
+    def adversarial_factor(step: jax.Array) -> jax.Array:
+        ramp = (step - o.adversarial_start + 1) / max(o.adversarial_ramp, 1)
+        return jnp.where(step >= o.adversarial_start, jnp.minimum(ramp, 1.0), 0.0)
+
+    def generate(params: Tree, collections: Tree, images: jax.Array, step: jax.Array, rngs: dict[str, jax.Array]):
+        variables = {"params": params["generator"], **collections["generator"]}
+        return model.apply(variables, images, train=True, step=step, rngs=rngs, mutable=["codebook"])
+
+    def discriminate(params: Tree, collections: Tree, images: jax.Array) -> tuple[jax.Array, Tree]:
+        variables = {"params": params["discriminator"], **collections["discriminator"]}
+        logits, updated = discriminator.apply(variables, images, train=True, mutable=["batch_stats"])
+        return logits, collections | {"discriminator": updated}
+
+    def reconstruction_loss(reconstruction: jax.Array, images: jax.Array, frozen: Tree) -> tuple[jax.Array, Metrics]:
+        if o.reconstruction == "bce":
+            loss = losses.binary_cross_entropy(reconstruction, images)
+            return loss, {"bce": loss}
+        metrics = {"l1": jnp.mean(jnp.abs(reconstruction - images))}
+        loss = o.pixel_weight * metrics["l1"]
+        if o.perceptual_weight:
+            metrics["lpips"] = lpips.apply(frozen["lpips"], reconstruction, images).mean()
+            loss = loss + o.perceptual_weight * metrics["lpips"]
+        return loss, metrics
+
+    def generator_pass(params, collections, images, step, rngs, frozen):
+        """Gradients of the generator's whole loss, its reconstruction, updated collections, metrics, restarted codes."""
+
+        def forward(generator):
+            output, updated = generate(params | {"generator": generator}, collections, images, step, rngs)
+            return (output.reconstruction, output.aux.loss), (output, updated)
+
+        (fake, quantizer_loss), pull, (output, updated) = jax.vjp(forward, params["generator"], has_aux=True)
+        collections = collections | {"generator": updated}
+        grad = jax.value_and_grad(reconstruction_loss, has_aux=True)
+        (nll, metrics), cotangent = grad(fake, images, frozen)
+        loss = nll + o.quantizer_weight * quantizer_loss
+        if discriminator:
+
+            def adversarial(fake):
+                logits, updated = discriminate(params, collections, fake)
+                return losses.generator_loss(logits), updated
+
+            (g_loss, collections), adversarial_cotangent = jax.value_and_grad(adversarial, has_aux=True)(fake)
+            factor, weight = adversarial_factor(step), jnp.ones(())
+            if o.adaptive:
+                kernel = params["generator"]["decoder"]["conv_out"]["kernel"]
+                _, pull_last = jax.vjp(lambda k: last_layer(c.autoencoder, k, output.features), kernel)
+                norms = (optax.tree.norm(pull_last(g)) for g in (cotangent, adversarial_cotangent))
+                weight = losses.adaptive_weight(*norms, o.adaptive_epsilon, o.adaptive_maximum)
+            weight = jax.lax.stop_gradient(weight * o.adversarial_weight)
+            cotangent = cotangent + weight * factor * adversarial_cotangent
+            loss = loss + weight * factor * g_loss
+            metrics |= {"generator_loss": g_loss, "adaptive_weight": weight, "adversarial_factor": factor}
+        (grads,) = pull((cotangent, jnp.full_like(quantizer_loss, o.quantizer_weight)))
+        counts = output.aux.counts
+        metrics |= {"loss": loss, "nll": nll, "quantizer_loss": quantizer_loss}
+        metrics |= {f"quantizer/{name}": value for name, value in output.aux.metrics.items()}
+        metrics |= {"codebook_usage": jnp.mean(counts > 0), "codebook_perplexity": perplexity(counts)}
+        return grads, fake, collections, metrics, output.aux.restart
+
+    def discriminator_pass(params, collections, images, fake, step):
+        def loss_of(weights):
+            new = params | {"discriminator": weights}
+            real_logits, updated = discriminate(new, collections, images)
+            fake_logits, updated = discriminate(new, updated, fake)
+            loss = losses.DISCRIMINATOR_LOSSES[o.discriminator_loss](real_logits, fake_logits)
+            loss = adversarial_factor(step) * loss
+            metrics = {"logits_real": real_logits.mean(), "logits_fake": fake_logits.mean(), "discriminator_loss": loss}
+            return loss, (updated, metrics)
+
+        (_, (collections, metrics)), grads = jax.value_and_grad(loss_of, has_aux=True)(params["discriminator"])
+        return grads, collections, metrics
+
+    def streams(state: TrainState, prefix: str, index: jax.Array) -> dict[str, jax.Array]:
+        return {name: jax.random.fold_in(state.stream(prefix + name), index) for name in ("quantizer", "dropout")}
+
+    def update(name: str, params: Tree, opt_state: Tree, grads: Tree, allowed: jax.Array | bool = True):
+        updates, new_opt = tx[name].update(grads, opt_state[name], params[name])
+        new = (optax.apply_updates(params[name], updates), new_opt)
+        if allowed is not True:
+            new = jax.tree.map(lambda a, b: jnp.where(allowed, a, b), new, (params[name], opt_state[name]))
+        return params | {name: new[0]}, opt_state | {name: new[1]}, {f"grad_norm/{name}": optax.tree.norm(grads)}
+
+    def step(state: TrainState, batch: Mapping[str, jax.Array], frozen: Tree) -> tuple[TrainState, Metrics]:
+        params, opt_state = state.params, state.opt_state
+        simultaneous = discriminator and o.schedule == "simultaneous"
+
+        def generator_micro(carry, batch, index):
+            collections, restart = carry
+            images = model_input(c, batch)
+            grads, fake, collections, metrics, new = generator_pass(
+                params, collections, images, state.step, streams(state, "", index), frozen
+            )
+            restart = _merge_restarts(restart, new)
+            all_grads = {"generator": grads}
+            if simultaneous:
+                fake = jax.lax.stop_gradient(fake)
+                all_grads["discriminator"], collections, more = discriminator_pass(
+                    params, collections, images, fake, state.step
+                )
+                metrics |= more
+            return (collections, restart), (all_grads, metrics)
+
+        def discriminator_micro(collections, batch, index):
+            images = model_input(c, batch)
+            output, _ = generate(params, collections, images, state.step, streams(state, "second_", index))
+            fake = jax.lax.stop_gradient(output.reconstruction)
+            grads, collections, metrics = discriminator_pass(params, collections, images, fake, state.step)
+            return collections, (grads, metrics)
+
+        carry = (state.collections, _no_restart(c))
+        (collections, restart), (grads, metrics) = accumulate(generator_micro, carry, batch, accumulation)
+        params, opt_state, norms = update("generator", params, opt_state, grads["generator"])
+        metrics |= norms
+        if restart is not None:
+            quantizer = apply_restart(params["generator"]["quantizer"], restart)
+            params = params | {"generator": params["generator"] | {"quantizer": quantizer}}
+        if discriminator:
+            if not simultaneous:
+                collections, (grads["discriminator"], more) = accumulate(
+                    discriminator_micro, collections, batch, accumulation
+                )
+                metrics |= more
+            allowed = True if o.idle_discriminator_updates else adversarial_factor(state.step) > 0
+            params, opt_state, norms = update("discriminator", params, opt_state, grads["discriminator"], allowed)
+            metrics |= norms
+        ema = state.ema
+        if ema_decay:
+            ema = update_ema(ema, {"generator": params["generator"]}, ema_decay, state.step)
+        new = state.replace(params=params, collections=collections, opt_state=opt_state, ema=ema)
+        return guard(state, new, metrics)
+
+    return step
+
+
+def _no_restart(config: VQGANConfig) -> tuple[jax.Array, jax.Array] | None:
+    if not getattr(config.quantizer, "usage_decay", 0) or not config.quantizer.restart_below:
+        return None
+    q, e = config.quantizer.codebook_size, config.quantizer.dim
+    return jnp.zeros(q, bool), jnp.zeros((q, e))
+
+
+def _merge_restarts(old, new):
+    if new is None:
+        return old
+    return old[0] | new[0], jnp.where(new[0][:, None], new[1], old[1])
