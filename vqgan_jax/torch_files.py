@@ -62,8 +62,7 @@ _INERT = frozenset(
     "numpy._core.multiarray.scalar numpy._core.multiarray._reconstruct "
     "pathlib.Path pathlib.PosixPath pathlib.PurePosixPath pathlib.WindowsPath".split()
 )
-
-
+# The opcodes that push their argument, and those that push a new value.
 _LITERALS = frozenset(
     "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE "
     "SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8".split()
@@ -92,9 +91,7 @@ _DAMAGE = (
     LookupError,
     ArithmeticError,
     RuntimeError,
-    MemoryError,
     EOFError,
-    OSError,
     struct.error,
     zlib.error,
     zipfile.BadZipFile,
@@ -209,7 +206,7 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}")
+        raise UserError(f"{path}: {'is a folder or device, not a file' if path.exists() else 'no such file'}")
     with _one_line(path), contextlib.ExitStack() as opened:
         file = opened.enter_context(open(path, "rb"))
         size = file.seek(0, os.SEEK_END)
@@ -217,10 +214,11 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
         head = file.read(512)
         if head.startswith(b"PK\x03\x04"):
             tensors, metadata, start = _open_zip(opened.enter_context(zipfile.ZipFile(file)), size)
-        elif head.startswith(b"\x80"):
-            tensors, metadata, start = _open_legacy(file, size)
+        # Before the pickles: the length that a safetensors file starts with can look like a pickle's first byte.
         elif path.suffix == ".safetensors" or head[8:9] == b"{":
             tensors, metadata, start = _open_safetensors(file, size)
+        elif head.startswith(b"\x80"):
+            tensors, metadata, start = _open_legacy(file, size)
         else:
             raise _Refused(_unknown_format(head))
         # Views that overlap or repeat one element are honest in small numbers; beyond that they are a bomb.
@@ -235,6 +233,10 @@ def _one_line(path: Path) -> Iterator[None]:
         yield
     except _Refused as error:
         raise UserError(f"{path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({_shown(error.strerror or error)})") from None
+    except MemoryError:
+        raise UserError(f"{path}: does not fit into memory") from None
     except _DAMAGE as error:
         raise UserError(f"{path}: damaged or cut short ({type(error).__name__}: {_shown(error)})") from None
 
@@ -345,7 +347,7 @@ def _open_safetensors(file: IO[bytes], size: int) -> tuple[dict[str, _Tensor], d
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(size - 8, _HEADER_BYTES):
         raise _Refused(f"is no .safetensors file: its header would be {length} bytes long")
-    header = json.loads(file.read(length), object_pairs_hook=unique)
+    header = json.loads(file.read(length).decode(), object_pairs_hook=unique)
     base, end, tensors = 8 + length, 0, {}
     metadata = header.pop("__metadata__", {})
     if not all(type(text) is str for text in metadata.values()):
@@ -377,9 +379,7 @@ def _split(value: Any) -> tuple[dict[str, _Tensor], dict]:
         keys = ", ".join(_shown(key) for key in list(top)[:8]) or "nothing"
         raise _Refused(f"holds no tensors, neither under 'state_dict' nor at the top, where there is: {keys}")
     tensors = {name: t for name, t in found.items() if isinstance(name, str) and isinstance(t, _Tensor)}
-    room = [200_000]  # nodes
-    rest = {key: entry for key, entry in top.items() if entry is not top.get("state_dict")}
-    return tensors, _plain(rest, room)
+    return tensors, _plain({key: entry for key, entry in top.items() if key != "state_dict"}, [200_000])
 
 
 def _plain(value: Any, room: list[int], depth: int = 0) -> Any:
@@ -395,8 +395,12 @@ def _plain(value: Any, room: list[int], depth: int = 0) -> Any:
         pairs = [(_key_text(key), _plain(entry, room, depth + 1)) for key, entry in value.items()]
         return {key: entry for key, entry in pairs if entry is not _NOT_PLAIN}
     if isinstance(value, list | tuple):
-        entries = [_plain(entry, room, depth + 1) for entry in value]
-        return _NOT_PLAIN if any(entry is _NOT_PLAIN for entry in entries) else type(value)(entries)
+        entries = []
+        for entry in value:
+            if (plain := _plain(entry, room, depth + 1)) is _NOT_PLAIN:
+                return _NOT_PLAIN
+            entries.append(plain)
+        return type(value)(entries)
     return value if value is None or isinstance(value, bool | int | float | str | bytes) else _NOT_PLAIN
 
 
@@ -433,9 +437,10 @@ def _pairs(pairs: Any = ()) -> dict:
 
 
 def _key(key: Any) -> Any:
-    """A dict key whose hash is cheap: hashing nested tuples can take forever."""
+    """A dict key whose hash is cheap: nested tuples take forever to hash, and huge integers can be made to collide."""
     for part in key if isinstance(key, tuple) else (key,):
-        if part is not None and not isinstance(part, bool | int | float | str | bytes | _Name):
+        plain = part is None or isinstance(part, float | str | bytes | _Name)
+        if not plain and not (isinstance(part, int) and abs(part) < 2**60):
             raise _Refused("refused: its pickle has a dict key that is no plain value")
     return key
 

@@ -56,16 +56,21 @@ def tiny_state(tx):
 def tiny_step(tx, accumulation=1, ema_decay=0.0, perceptual=1.0, **changes):
     objective = VQGANObjective(**OBJECTIVE | {"perceptual_weight": perceptual} | changes)
     txs = {"generator": tx, "discriminator": tx}
-    step = make_step(
-        VQGAN(ref.VQGAN_TINY), objective, LPIPS(), txs, ema_decay=ema_decay, accumulation=accumulation
-    )
+    step = make_step(VQGAN(ref.VQGAN_TINY), objective, LPIPS(), txs, ema_decay=ema_decay, accumulation=accumulation)
     return jax.jit(step)
 
 
 @pytest.mark.parametrize("schedule", ["alternating", "simultaneous"])
 def test_six_steps_equal_the_reference(schedule):
+    """Every logged scalar to 1e-3 while the arithmetic is determinate, then within the scatter of float32 itself.
+
+    From the third step on the trajectory is chaotic: moving the starting weights by one unit in the last place flips a
+    code or the sign of an L1 gradient, and eight such runs scatter over 0.419 to 0.445 in the third adaptive weight
+    (the reference: 0.4245) and 0.03 in the mean logits. Tolerances from there on are that scatter.
+    """
     golden, tx = ref.golden("vqgan_tiny.npz"), make_optimizer(ADAM, optax.constant_schedule(1e-4))
     state, step = tiny_state(tx), tiny_step(tx, schedule=schedule)
+    before = weights(state)
     frozen = {"lpips": ref.lpips_variables()}
     logged = []
     for batch in golden["train/batches"]:
@@ -74,19 +79,26 @@ def test_six_steps_equal_the_reference(schedule):
     for theirs, ours in NAMES.items():
         values = np.array([m[ours] for m in logged])
         expected = golden[f"train/{schedule}/{theirs}"]
-        if theirs == "d_weight":  # the reference logs it before disc_weight is multiplied in, or after: both are one number
-            assert np.isfinite(values).all()
-        np.testing.assert_allclose(values[:4], expected[:4], rtol=1e-3, atol=1e-5, err_msg=ours)
-    after = f"train/{schedule}/after/"
+        np.testing.assert_allclose(values[:2], expected[:2], rtol=1e-3, err_msg=ours)
+        scatter = {"logits_real": 0.02, "logits_fake": 0.05, "generator_loss": 0.05, "adaptive_weight": 0.08}
+        np.testing.assert_allclose(values, expected, rtol=0.02, atol=scatter.get(ours, 0), err_msg=ours)
+    for name, value in weights(state).items():
+        expected = golden[f"train/{schedule}/after/{name}"]
+        # Adam moves noise as far as signal, so a weight's tolerance is the six steps of size 1e-4.
+        np.testing.assert_allclose(value, expected, rtol=0, atol=max(1e-3 * ref.scale(expected), 6e-4), err_msg=name)
+        moved, should_move = (value - before[name]).ravel(), (expected - before[name]).ravel()
+        assert np.corrcoef(moved, should_move)[0, 1] > 0.9, name
+
+
+def weights(state):
+    """The four weights that the fixture holds, by the reference's names."""
     generator, discriminator = state.params["generator"], state.params["discriminator"]
-    for ours, theirs in (
-        (generator["decoder"]["conv_out"]["kernel"].transpose(3, 2, 0, 1), "decoder.conv_out.weight"),
-        (generator["encoder"]["conv_in"]["kernel"].transpose(3, 2, 0, 1), "encoder.conv_in.weight"),
-        (generator["quantizer"]["codebook"], "quantize.embedding.weight"),
-        (discriminator["conv_in"]["kernel"].transpose(3, 2, 0, 1), "loss.discriminator.main.0.weight"),
-    ):
-        expected = golden[after + theirs]
-        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3 * ref.scale(expected), err_msg=theirs)
+    return {
+        "decoder.conv_out.weight": np.transpose(generator["decoder"]["conv_out"]["kernel"], (3, 2, 0, 1)),
+        "encoder.conv_in.weight": np.transpose(generator["encoder"]["conv_in"]["kernel"], (3, 2, 0, 1)),
+        "quantize.embedding.weight": np.asarray(generator["quantizer"]["codebook"]),
+        "loss.discriminator.main.0.weight": np.transpose(discriminator["conv_in"]["kernel"], (3, 2, 0, 1)),
+    }
 
 
 def test_a_step_that_is_not_finite_keeps_the_old_state_and_counts():
@@ -99,7 +111,9 @@ def test_a_step_that_is_not_finite_keeps_the_old_state_and_counts():
         np.testing.assert_array_equal(before, after)
     good, metrics = step(state, {"image": images}, {})
     assert metrics["skipped"] == 0 and good.skipped == 0
-    assert not np.array_equal(good.params["generator"]["quantizer"]["codebook"], state.params["generator"]["quantizer"]["codebook"])
+    assert not np.array_equal(
+        good.params["generator"]["quantizer"]["codebook"], state.params["generator"]["quantizer"]["codebook"]
+    )
 
 
 @pytest.mark.parametrize("schedule", ["alternating", "simultaneous"])
@@ -108,7 +122,9 @@ def test_micro_batches_give_the_mean_gradient(schedule):
     tx = optax.sgd(1e-2)
     images = ref.golden("vqgan_tiny.npz")["train/batches"][0]
     whole = tiny_step(tx, perceptual=0.0, schedule=schedule, adversarial_start=9)(tiny_state(tx), {"image": images}, {})
-    halves = tiny_step(tx, 2, perceptual=0.0, schedule=schedule, adversarial_start=9)(tiny_state(tx), {"image": images}, {})
+    halves = tiny_step(tx, 2, perceptual=0.0, schedule=schedule, adversarial_start=9)(
+        tiny_state(tx), {"image": images}, {}
+    )
     np.testing.assert_allclose(whole[1]["loss"], halves[1]["loss"], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(whole[0].params["generator"]), jax.tree.leaves(halves[0].params["generator"])):
         np.testing.assert_allclose(a, b, atol=1e-6)
@@ -127,7 +143,9 @@ def test_the_discriminator_waits_and_the_ramp_grows():
             same = jax.tree.map(np.array_equal, state.params["discriminator"], start.params["discriminator"])
             assert jax.tree.all(same)
     np.testing.assert_allclose(factors, [0, 0.25, 0.5])
-    assert not np.array_equal(state.params["discriminator"]["conv_in"]["kernel"], start.params["discriminator"]["conv_in"]["kernel"])
+    assert not np.array_equal(
+        state.params["discriminator"]["conv_in"]["kernel"], start.params["discriminator"]["conv_in"]["kernel"]
+    )
 
 
 def test_ema_follows_the_parameters():

@@ -25,13 +25,21 @@ Transform = Callable[[Example, np.random.Generator], dict[str, np.ndarray]]
 
 _SHUFFLE, _AUGMENT = 1, 2  # keep the two uses of one seed apart
 _CHUNK = 16  # rows a unit of work: small enough to share a batch among threads, large enough to hide Grain's cost
+_SMALL = 1 << 16  # up to here a permutation is kept: Grain's index shuffle walks a domain of this size, slow for a few
 _ENOUGH = 100  # examples seen before the share of corrupt ones means anything
 
 
 def example_index(position: int, examples: int, seed: int) -> int:
-    """The example at `position` of an endless stream that shuffles anew each epoch and visits each example once in it."""
+    """The example at `position` of an endless stream that visits all, shuffled anew, in each epoch."""
     epoch, offset = divmod(position, examples)
+    if examples <= _SMALL:
+        return int(_permutation(examples, seed, epoch)[offset])
     return index_shuffle(offset, max_index=examples - 1, seed=_epoch_seed(seed, epoch), rounds=4)
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(examples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng(_epoch_seed(seed, epoch)).permutation(examples)
 
 
 @functools.lru_cache(maxsize=8)
@@ -96,7 +104,9 @@ class Pipeline(Iterator[Batch]):
         self.replaced: dict[str, str] = {}
         self._max_corrupt_share = max_corrupt_share
         self._pieces = len(chunks.pieces)
+        # Of what was drawn, not of what was met in the search for a readable one: damage often comes in a row.
         self._seen = np.zeros(len(chunks.reader.source), bool)
+        self._corrupt: set[int] = set()
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + self._pieces if threads else 0)
         dataset = grain.MapDataset.source(chunks).to_iter_dataset(options)
         if processes:
@@ -117,18 +127,18 @@ class Pipeline(Iterator[Batch]):
             piece, indices, corrupt = next(self._iterator)
             pieces.append(piece)
             self._seen[indices] = True
-            self._seen[list(corrupt)] = True
+            self._corrupt.update(corrupt.keys() & indices)
             self.replaced.update(corrupt.values())
         self._check_corrupt()
         return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
 
     def _check_corrupt(self) -> None:
-        if not self.replaced:
+        if not self._corrupt:
             return
-        seen = int(np.count_nonzero(self._seen))
-        if seen >= min(_ENOUGH, len(self._seen)) and len(self.replaced) > self._max_corrupt_share * seen:
+        count, seen = len(self._corrupt), int(np.count_nonzero(self._seen))
+        if seen >= min(_ENOUGH, len(self._seen)) and count > self._max_corrupt_share * seen:
             name, reason = next(iter(self.replaced.items()))
-            raise _too_many_corrupt(len(self.replaced), seen, f"{name}: {reason}", self._max_corrupt_share)
+            raise _too_many_corrupt(count, seen, f"{name}: {reason}", self._max_corrupt_share)
 
     def close(self) -> None:
         """Stops Grain's threads and processes."""

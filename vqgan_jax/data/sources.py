@@ -1,6 +1,6 @@
 """Where examples come from: random access to raw numpy examples, by the name in `config.data.source`.
 
-`scenes` renders the embedded landscapes (kept in a disk cache); `folder` reads a tree of image files, one class a folder.
+`scenes` renders the embedded landscapes, cached on disk; `folder` reads a tree of image files, one class a folder.
 A further source is one class that follows `Source`, and one entry of `SOURCES`.
 """
 
@@ -9,7 +9,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,7 +36,7 @@ class Source(Protocol):
     """Random access to raw examples; picklable, and `__getitem__` may run in several threads at once.
 
     An example is a dict of: image uint8 [h, w, 3]; and, where the source knows them, label int; segmentation uint8 or
-    int32 [h, w]; depth float32 [h, w] in [0, 1], 0 near; boxes float32 [n, 4] (x, y, width, height, relative to the
+    int32 [h, w] and depth float32 [h, w] in [0, 1] (0 near), of the image's size; boxes float32 [n, 4] (x, y, width, height, relative to the
     picture); box_classes int32 [n]; box_flags int32 [n]. Reading an unreadable example raises `CorruptExample`.
     """
 
@@ -267,7 +267,7 @@ class FolderSource:
 
 
 def _image_names(folder: Path, prefix: str, above: frozenset[str]) -> Iterator[str]:
-    """Names, relative to the first folder, of the images under `folder`. `above` holds the real paths of its parents."""
+    """Relative names of the images under `folder`; `above` holds the real paths of its parents."""
     real = os.path.realpath(folder)
     if real in above:  # a link to a folder that holds it
         return

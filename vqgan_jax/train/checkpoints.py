@@ -4,12 +4,13 @@ Orbax restores a file with a flipped byte without a word, and casts dtypes witho
 its manifest does not verify, and trees are compared before they are read. Also the portable form of a trained stage.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -82,7 +83,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "record"))
         self._hasher = ThreadPoolExecutor(1, "manifest")
         self._uncommitted: tuple[int, dict[str, Any]] | None = None
-        self._sealing: Future[None] | None = None
+        self._sealing: tuple[int, Future[None]] | None = None
 
     def save(self, step: int, state: Any, record: Record, metrics: Mapping[str, float] | None) -> None:
         """Starts to save and returns once `state` is copied: it may be donated at once.
@@ -106,7 +107,8 @@ class Checkpoints:
         manifest = {"step": step, "metrics": finite, **self._ranking}
         self._keep.manifests[step] = manifest
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-        self._orbax(step, lambda: self._manager.save(step, args=items, force=True))
+        with self._reported(step, OSError):
+            self._manager.save(step, args=items, force=True)
         self._uncommitted = (step, manifest)
 
     def poll(self) -> None:
@@ -117,7 +119,7 @@ class Checkpoints:
         """
         if self._uncommitted is not None and not self._manager.is_saving_in_progress():
             self._seal()
-        if self._sealing is not None and self._sealing.done():
+        if self._sealing is not None and self._sealing[1].done():
             self._sealed()
 
     def wait(self) -> None:
@@ -167,7 +169,7 @@ class Checkpoints:
             self.wait()
         finally:
             self._hasher.shutdown()
-            self._orbax(None, self._manager.close)
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -175,13 +177,14 @@ class Checkpoints:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _orbax(self, step: int | None, call: Callable[[], Any]) -> None:
-        """Orbax logs a background failure as a traceback and raises it besides; the user gets one line."""
+    @contextlib.contextmanager
+    def _reported(self, step: int, *kinds: type[Exception]) -> Iterator[None]:
+        """Turns a failed save into one line for the user; Orbax would also log a traceback of its own."""
         absl, level = logging.getLogger("absl"), logging.getLogger("absl").level
         absl.setLevel(logging.CRITICAL)
         try:
-            call()
-        except Exception as error:
+            yield
+        except kinds as error:
             latest = self.latest_step()
             last = "there is none before it" if latest is None else f"the newest whole one is of step {latest}"
             reason = _first_line(error)
@@ -191,13 +194,16 @@ class Checkpoints:
 
     def _seal(self) -> None:
         (step, manifest), self._uncommitted = self._uncommitted, None
-        self._orbax(step, self._manager.wait_until_finished)
+        with self._reported(step, Exception):  # what fails in the background is the storage, in many types
+            self._manager.wait_until_finished()
         if jax.process_index() == 0:
-            self._sealing = self._hasher.submit(_write_manifest, self.directory / str(step), manifest)
+            job = self._hasher.submit(_write_manifest, self.directory / str(step), manifest)
+            self._sealing = (step, job)
 
     def _sealed(self) -> None:
-        sealing, self._sealing = self._sealing, None
-        self._orbax(self._manager.latest_step(), sealing.result)
+        (step, job), self._sealing = self._sealing, None
+        with self._reported(step, OSError):
+            job.result()
 
     def _newest_whole(self) -> int | None:
         found, faults = _NOTHING, {}
@@ -354,7 +360,7 @@ def _sha256(path: epath.Path) -> str:
 
 
 def _write_manifest(folder: epath.Path, manifest: dict[str, Any]) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(parent / name for parent, _, names in folder.walk() for name in names)
     with ThreadPoolExecutor(4) as pool:  # hashing frees the interpreter lock
         digests = pool.map(_sha256, files)
         named = {path.relative_to(folder).as_posix(): digest for path, digest in zip(files, digests, strict=True)}

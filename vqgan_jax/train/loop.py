@@ -119,6 +119,7 @@ def train(
         stack.callback(writer.flush)
         stack.callback(checkpoints.wait)
         stack.callback(batches.close)
+        trace = stack.enter_context(contextlib.ExitStack())
         progress = stack.enter_context(_Progress(schedule.total, start_step, headline))
         report = _Report(writer, progress, schedule, rates, workdir, nonfinite_budget, skipped)
         step = start_step
@@ -150,8 +151,10 @@ def train(
                 progress.say(f"preempted at step {step}: {'saved' if saving else 'nothing to save'}")
                 raise SystemExit(PREEMPTED)
             if profile is not None and step == profile[0]:
-                jax.profiler.start_trace(str(workdir / "profile"))
-                stack.callback(jax.profiler.stop_trace)
+                trace.enter_context(jax.profiler.trace(str(workdir / "profile")))
+            if profile is not None and step == profile[1]:
+                report.settle()
+                trace.close()
             batch = next(batches)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = step_fn(state, batch)
@@ -176,26 +179,26 @@ class _Report:
     ):
         self._writer, self._progress, self._schedule, self._rates = writer, progress, schedule, rates
         self._workdir, self._budget, self._skipped = workdir, budget, skipped
-        self._pending: tuple[int, Mapping[str, jax.Array], Batch] | None = None
+        self._pending: tuple[int, Mapping[str, jax.Array], Batch, float] | None = None
         self._read_at: float | None = None  # None until the first step, which compiles, is over
         self._seconds: list[float] = []
         self._waits: list[float] = []
 
     def push(self, step: int, metrics: Mapping[str, jax.Array], batch: Batch, waited: float) -> None:
         """Takes the metrics of the step just dispatched and reads those of the one before."""
-        self._waits.append(waited)
         self.settle()
-        self._pending = (step, metrics, batch)
+        self._pending = (step, metrics, batch, waited)
 
     def settle(self) -> None:
         """Reads the metrics not read yet, waiting for their step to end."""
         if self._pending is None:
             return
-        (step, metrics, batch), self._pending = self._pending, None
+        (step, metrics, batch, waited), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         now = time.perf_counter()
         if self._read_at is not None:
             self._seconds.append(now - self._read_at)
+            self._waits.append(waited)
         self._read_at = now
         if "skipped" in values:
             self._count_skipped(step, values, batch)

@@ -56,8 +56,8 @@ def git_state(root: Path) -> tuple[dict[str, Any] | str, bytes]:
     """The state of the source tree `root`.
 
     Returns:
-      ({"revision", "dirty", "diff_truncated"}, the diff against the revision, at most MAX_DIFF_BYTES), or ("no git", b"")
-      where `root` is not itself the top of a git tree with a commit.
+      ({"revision", "dirty", "diff_truncated"}, the diff against the revision, at most MAX_DIFF_BYTES of it), or
+      ("no git", b"") where `root` is not itself the top of a git tree with a commit.
     """
 
     def git(*args: str) -> bytes:

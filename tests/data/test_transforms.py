@@ -1,0 +1,226 @@
+"""Transforms: image, segmentation, depth and boxes are resized, cropped and mirrored as one."""
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from vqgan_jax.config import UserError
+from vqgan_jax.data import scenes
+from vqgan_jax.data.transforms import (
+    FILTERS,
+    KEYS,
+    Transform,
+    View,
+    choose_view,
+    sample_boxes,
+    sample_image,
+    sample_segmentation,
+)
+from vqgan_jax.images import from_uint8
+
+
+def transform(**fields):
+    base = Transform(tuple(KEYS), 16, "box", "center", (0.5, 1.0), False, 8, len(scenes.CLASSES))
+    return dataclasses.replace(base, **fields)
+
+
+def noise(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def test_shapes_dtypes_and_ranges_for_any_source_size():
+    for height, width in ((16, 16), (37, 91), (91, 37), (7, 5)):
+        for crop in ("random", "center", "random_resized"):
+            row = transform(crop=crop, flip=True)(scenes.render(0, 1, height, width), rng())
+            shapes = {key: value.shape for key, value in row.items()}
+            pictures = {"image": (16, 16, 3), "segmentation": (16, 16), "depth": (16, 16, 1)}
+            assert shapes == pictures | {
+                "label": (),
+                "boxes": (8, 4),
+                "box_classes": (8,),
+                "box_flags": (8,),
+                "crop_box": (4,),
+            }
+            for key, value in row.items():
+                whole = key in ("label", "segmentation", "box_classes", "box_flags")
+                assert value.dtype == (np.int32 if whole else np.float32), key
+            for key in ("image", "depth"):
+                assert -1 <= row[key].min() <= row[key].max() <= 1
+
+
+def test_only_the_keys_asked_for_are_made():
+    class Untouchable(dict):
+        def __getitem__(self, key):
+            assert key in ("image", "label")
+            return super().__getitem__(key)
+
+    row = transform(keys=("image", "label"))(Untouchable(scenes.render(0, 0, 16, 16)), rng())
+    assert row.keys() == {"image", "label"}
+
+
+def test_same_size_is_the_identity():
+    scene = scenes.render(0, 3, 16, 16)
+    row = transform()(scene, rng())
+    np.testing.assert_array_equal(row["image"], from_uint8(scene["image"]))
+    np.testing.assert_array_equal(row["segmentation"], scene["segmentation"])
+    np.testing.assert_allclose(row["depth"][..., 0], scene["depth"] * 2 - 1, atol=1e-6)
+    np.testing.assert_array_equal(row["crop_box"], [0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("name", ["box", "bilinear", "bicubic", "lanczos"])
+def test_is_the_resize_of_the_short_side_followed_by_a_crop(name):
+    image = noise(50, 81)
+    resized = Image.fromarray(image).resize((26, 16), getattr(Image.Resampling, name.upper()))
+    expected = np.asarray(resized)[:, 5:21]
+    view = choose_view(50, 81, 16, "center", (), False, rng())
+    np.testing.assert_allclose(sample_image(image, view, 16, name).astype(int), expected, atol=1)
+
+
+def test_no_antialias_is_linear_between_neighbours():
+    ramp = np.repeat(np.arange(0, 96, 2, np.uint8)[None, :, None], 48, axis=0).repeat(3, axis=2)
+    view = View(0, 0, 48, 48)
+    out = sample_image(ramp, view, 16, "bilinear_no_antialias")
+    np.testing.assert_array_equal(out[3, :, 0], np.arange(16) * 6 + 2)  # source pixel 3 i + 1
+    up = sample_image(np.array([[[0] * 3, [100] * 3]] * 2, np.uint8), View(0, 0, 2, 2), 4, "bilinear_no_antialias")
+    np.testing.assert_array_equal(up[0, :, 0], [0, 25, 75, 100])  # half-pixel centres, clamped at the border
+
+
+def test_only_the_filter_without_antialias_keeps_a_fine_pattern():
+    stripes = np.tile(np.array([0, 255], np.uint8), 48)[None, :, None].repeat(96, 0).repeat(3, 2)
+    spread = {name: int(np.ptp(sample_image(stripes, View(0, 0, 96, 96), 32, name)[:, 4:-4])) for name in FILTERS}
+    assert spread.pop("bilinear_no_antialias") == 255
+    assert max(spread.values()) < 100
+
+
+def test_segmentation_is_never_blended():
+    segmentation = np.where(rng().random((40, 60)) < 0.5, 3, 250).astype(np.uint8)
+    example = {"image": noise(40, 60), "segmentation": segmentation}
+    for seed in range(5):
+        for size in (13, 16, 100):
+            row = transform(keys=("segmentation",), size=size, crop="random_resized", flip=True)(example, rng(seed))
+            assert set(np.unique(row["segmentation"])) == {3, 250}
+
+
+def test_segmentation_takes_the_pixel_under_the_centre():
+    ids = np.arange(9 * 9).reshape(9, 9)
+    np.testing.assert_array_equal(sample_segmentation(ids, View(0, 0, 9, 9), 3), ids[1::3, 1::3])
+    np.testing.assert_array_equal(sample_segmentation(ids, View(3, 0, 3, 3, flip=True), 3), ids[:3, 5:2:-1])
+
+
+def test_everything_moves_together():
+    """A square of one colour, id and depth with its box stays one thing under every crop and flip."""
+    image, segmentation = np.zeros((60, 90, 3), np.uint8), np.zeros((60, 90), np.int32)
+    depth = np.zeros((60, 90), np.float32)
+    spot = slice(21, 39), slice(30, 54)
+    image[spot], segmentation[spot], depth[spot] = 255, 7, 1
+    boxes = np.array([[30 / 90, 21 / 60, 24 / 90, 18 / 60]], np.float32)
+    example = {"image": image, "segmentation": segmentation, "depth": depth, "boxes": boxes}
+    example |= {"box_classes": np.array([4], np.int32), "label": 0}
+    seen = set()
+    for seed in range(20):
+        for crop in ("random", "random_resized"):
+            row = transform(size=48, crop=crop, flip=True, resize="bilinear")(example, rng(seed))
+            inside = row["segmentation"] == 7
+            for soft in (row["image"][..., 0], row["depth"][..., 0]):
+                assert (inside != (soft > 0)).mean() < 0.05
+            if row["box_classes"][0] < 0:
+                assert not inside.any()
+                continue
+            assert row["box_classes"][0] == 4
+            x, y, w, h = row["boxes"][0] * 48
+            ys, xs = np.nonzero(inside)
+            extent = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+            np.testing.assert_allclose([x, y, x + w, y + h], extent, atol=1)
+            # With the crop's box they lie in the whole picture, mirrored where the view is.
+            view = choose_view(60, 90, 48, crop, (0.5, 1.0), True, rng(seed))
+            whole = boxes[0] + [1 - 2 * boxes[0, 0] - boxes[0, 2], 0, 0, 0] if view.flip else boxes[0]
+            corner, extent = row["crop_box"][:2], row["crop_box"][2:]
+            back = corner + row["boxes"][0, :2] * extent
+            np.testing.assert_allclose(back, np.maximum(whole[:2], corner), atol=1e-5)
+            np.testing.assert_allclose(extent, [view.width / 90, view.height / 60], atol=1e-5)
+            seen.add((round(float(corner[0]), 3), view.flip))
+    assert len(seen) > 10 and {flip for _, flip in seen} == {True, False}
+
+
+def test_flip_mirrors_pixels_and_boxes():
+    example = scenes.render(0, 5, 16, 16)
+    straight = transform()(example, rng())
+    flipped = next(
+        row
+        for row in (transform(flip=True)(example, rng(seed)) for seed in range(20))
+        if not np.array_equal(row["image"], straight["image"])
+    )
+    for key in ("image", "segmentation", "depth"):
+        np.testing.assert_allclose(flipped[key], straight[key][:, ::-1], atol=1e-6)
+    real = straight["box_classes"] >= 0
+    expected = straight["boxes"][real]
+    expected[:, 0] = 1 - expected[:, 0] - expected[:, 2]
+    np.testing.assert_allclose(flipped["boxes"][real], expected, atol=1e-6)
+
+
+def test_boxes_are_clipped_and_those_outside_are_dropped():
+    boxes = np.array(
+        [[0, 0, 0.25, 0.25], [0.4, 0.4, 0.2, 0.2], [0.5, 0.5, 0.5, 0.5], [0.2, 0.5, 0.05, 0.1]], np.float32
+    )
+    inner = View(25, 25, 50, 50)
+    moved, visible = sample_boxes(boxes, inner, 100, 100)
+    assert visible.tolist() == [False, True, True, False]
+    np.testing.assert_allclose(moved[1:3], [[0.3, 0.3, 0.4, 0.4], [0.5, 0.5, 0.5, 0.5]], atol=1e-6)
+
+
+def test_padding_and_the_largest_boxes():
+    example = {"image": noise(16, 16), "boxes": np.array([[0, 0, s, s] for s in (0.1, 0.5, 0.2, 0.9)], np.float32)}
+    example["box_classes"] = np.array([0, 1, -1, 3], np.int32)
+    example["box_flags"] = np.array([5, 6, 7, 8], np.int32)
+    row = transform(keys=("boxes", "box_classes", "box_flags"), max_boxes=2)(example, rng())
+    assert row["box_classes"].tolist() == [1, 3] and row["box_flags"].tolist() == [6, 8]
+    row = transform(keys=("boxes", "box_classes", "box_flags"), max_boxes=5)(example, rng())
+    assert row["box_classes"].tolist() == [0, 1, 3, -1, -1] and row["boxes"][3:].tolist() == [[0] * 4] * 2
+    assert row["box_flags"].tolist() == [5, 6, 8, 0, 0]
+
+
+def test_small_pictures_are_upscaled():
+    row = transform(keys=("image",), size=64, crop="random")({"image": np.full((5, 9, 3), 255, np.uint8)}, rng())
+    np.testing.assert_array_equal(row["image"], np.ones((64, 64, 3), np.float32))
+
+
+def test_random_crops_reach_both_ends_and_the_scale_range():
+    views = [choose_view(20, 32, 20, "random", (), False, rng(seed)) for seed in range(200)]
+    assert {view.x for view in views} == set(range(13)) and {view.y for view in views} == {0}
+    views = [choose_view(100, 140, 20, "random_resized", (0.25, 0.64), False, rng(seed)) for seed in range(300)]
+    sides = [view.width for view in views]
+    assert 50 <= min(sides) < 52 and 78 < max(sides) <= 80
+    assert all(view.x >= 0 and view.x + view.width <= 140 and view.y + view.height <= 100 for view in views)
+
+
+def test_what_the_source_lacks_or_gets_wrong_is_named():
+    with pytest.raises(UserError, match=r"no 'segmentation'"):
+        transform(keys=("segmentation",))({"image": noise(4, 4)}, rng())
+    for label in (-1, 8):
+        with pytest.raises(UserError, match=f"label {label}"):
+            transform(keys=("label",))({"image": noise(4, 4), "label": label}, rng())
+    with pytest.raises(UserError, match="'segmentation'"):
+        transform(keys=("segmentatoin",))
+    with pytest.raises(UserError, match=r"config\.data\.resize.*'bicubic'"):
+        transform(resize="bicubik")
+    with pytest.raises(UserError, match=r"config\.data\.crop.*'center'"):
+        transform(crop="centre")
+    with pytest.raises(UserError, match=r"config\.data\.crop_scale"):
+        transform(crop="random_resized", crop_scale=(0.0, 1.0))
+
+
+def test_from_config_evaluates_with_the_centre_crop():
+    data = ConfigDict(
+        {"image_size": 16, "resize": "box", "crop": "random", "crop_scale": [0.5, 1], "flip": True, "max_boxes": 8}
+    )
+    train, val = (Transform.from_config(data, keys=tuple(KEYS), classes=8, train=train) for train in (True, False))
+    assert train == transform(crop="random", flip=True) and val == transform()
+    assert pickle.loads(pickle.dumps(train)) == train and hash(train) != hash(val)

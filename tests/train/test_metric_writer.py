@@ -1,0 +1,149 @@
+"""The logs of a run that was stopped and resumed read like those of one that never was."""
+
+import json
+import logging
+import os
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vqgan_jax.train.metric_writer import open_writer
+
+
+def json_lines(workdir: Path) -> list[dict]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (workdir / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def tensorboard(workdir: Path) -> EventAccumulator:
+    return EventAccumulator(str(workdir / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+
+def event_files(workdir: Path) -> list[Path]:
+    return sorted((workdir / "tensorboard").iterdir())
+
+
+def test_every_kind_is_read_back(tmp_path):
+    picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    with open_writer(tmp_path, resume_step=0) as writer:
+        writer.write_hparams({"lr": 1e-3, "name": "demo", "sizes": (1, 2), "none": None})
+        writer.write_scalars(5, {"loss": 0.5, "bad": np.nan, "worse": -np.inf})
+        writer.write_images(5, {"one": picture[None], "two": np.stack([picture[..., :1]] * 2)})
+        writer.write_texts(5, {"note": "hello"})
+        writer.write_histograms(5, {"weights": np.arange(10.0)})
+        writer.flush()
+    scalars, note = json_lines(tmp_path)
+    assert scalars.pop("time") > 1e9 and note.pop("time") > 1e9
+    assert scalars == {"step": 5, "loss": 0.5, "bad": "nan", "worse": "-inf"}
+    assert note == {"step": 5, "note": "hello"}
+    events = tensorboard(tmp_path)
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(5, 0.5)]
+    assert np.isnan(events.Scalars("bad")[0].value)
+    assert set(events.Tags()["images"]) == {"one", "two/0", "two/1"}
+    assert (events.Images("one")[0].width, events.Images("one")[0].step) == (4, 5)
+    assert events.Histograms("weights")[0].histogram_value.num == 10
+    assert "note/text_summary" in events.Tags()["tensors"]
+    assert events.SummaryMetadata("_hparams_/session_start_info").plugin_data.plugin_name == "hparams"
+
+
+def write(workdir: Path, resume_step: int, last: int, value: float) -> None:
+    with open_writer(workdir, resume_step=resume_step) as writer:
+        writer.write_hparams({"lr": 1.0})
+        for step in range(resume_step + 1, last + 1):
+            writer.write_scalars(step, {"loss": value})
+            writer.write_images(step, {"picture": np.zeros((1, 2, 2, 3), np.uint8)})
+
+
+def test_resuming_cuts_the_logs_back(tmp_path):
+    """No step twice and none missing, over two resumptions, in both logs; the later run's values stand."""
+    write(tmp_path, 0, 10, 0.0)
+    write(tmp_path, 6, 9, 1.0)
+    write(tmp_path, 3, 12, 2.0)
+    wanted = [(k, 0.0) for k in range(1, 4)] + [(k, 2.0) for k in range(4, 13)]
+    assert [(line["step"], line["loss"]) for line in json_lines(tmp_path)] == wanted
+    events = tensorboard(tmp_path)
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == wanted
+    assert [e.step for e in events.Images("picture")] == list(range(1, 13))
+
+
+def test_starting_afresh_drops_everything(tmp_path):
+    write(tmp_path, 0, 4, 0.0)
+    with open_writer(tmp_path, resume_step=0) as writer:
+        writer.write_scalars(0, {"loss": 5.0})
+    assert [line["step"] for line in json_lines(tmp_path)] == [0]
+    assert [e.step for e in tensorboard(tmp_path).Scalars("loss")] == [0]
+
+
+@pytest.mark.parametrize("torn", [1, 7, 30])
+def test_what_a_killed_process_tore_is_dropped(tmp_path, torn):
+    write(tmp_path, 0, 5, 0.0)
+    for path in (tmp_path / "metrics.jsonl", event_files(tmp_path)[0]):
+        os.truncate(path, path.stat().st_size - torn)
+    write(tmp_path, 4, 6, 1.0)
+    wanted = [(1, 0.0), (2, 0.0), (3, 0.0), (4, 0.0), (5, 1.0), (6, 1.0)]
+    assert [(line["step"], line["loss"]) for line in json_lines(tmp_path)] == wanted
+    assert [(e.step, e.value) for e in tensorboard(tmp_path).Scalars("loss")] == wanted
+
+
+def test_flush_puts_all_on_disk(tmp_path):
+    writer = open_writer(tmp_path, resume_step=0)
+    for step in range(200):
+        writer.write_scalars(step, {"loss": step})
+    writer.flush()
+    assert len(json_lines(tmp_path)) == 200
+    assert len(tensorboard(tmp_path).Scalars("loss")) == 200
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "pictures", [np.zeros((1, 2, 2, 3)), np.zeros((2, 2, 3), np.uint8), np.zeros((1, 2, 2, 2), np.uint8)]
+)
+def test_pictures_of_another_kind_are_refused(tmp_path, pictures):
+    with open_writer(tmp_path, resume_step=0) as writer:
+        with pytest.raises(ValueError, match="bad: takes uint8"):
+            writer.write_images(1, {"bad": pictures})
+
+
+def test_console_line(tmp_path, caplog):
+    with caplog.at_level(logging.INFO), open_writer(tmp_path, resume_step=0) as writer:
+        writer.write_scalars(12, {"loss": 0.123456789, "lr": 1e-4})
+    assert "step 12: loss=0.12346, lr=0.0001" in [r.getMessage() for r in caplog.records]
+
+
+def test_hands_on_to_clu_where_it_imports(tmp_path, monkeypatch, caplog):
+    calls = []
+
+    class Sink:
+        def __getattr__(self, name):
+            return lambda *args: calls.append((name, *args))
+
+    fake = types.ModuleType("clu.metric_writers")
+    fake.create_default_writer = lambda logdir, asynchronous: calls.append(logdir) or Sink()
+    monkeypatch.setitem(sys.modules, "clu.metric_writers", fake)
+    monkeypatch.setattr("clu.metric_writers", fake, raising=False)
+    with open_writer(tmp_path, resume_step=0, hand_to_clu=True) as writer:
+        writer.write_scalars(1, {"loss": 2.0})
+        writer.write_histograms(1, {"w": np.ones(1)})
+    assert calls[:2] == [str(tmp_path / "clu"), ("write_scalars", 1, {"loss": 2.0})]
+    assert calls[2][:2] == ("write_histograms", 1) and calls[2][3] == {"w": 30} and calls[3] == ("close",)
+    monkeypatch.setitem(sys.modules, "clu.metric_writers", None)
+    monkeypatch.delattr("clu.metric_writers", raising=False)
+    with open_writer(tmp_path, resume_step=1, hand_to_clu=True) as writer:
+        writer.write_scalars(2, {"loss": 3.0})
+    assert "does not import" in caplog.text
+    assert [line["loss"] for line in json_lines(tmp_path)] == [2.0, 3.0]
+
+
+def test_only_process_0_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    with open_writer(tmp_path / "run", resume_step=0) as writer:
+        writer.write_scalars(1, {"loss": 1.0})
+        writer.flush()
+    assert not (tmp_path / "run").exists()
