@@ -106,9 +106,8 @@ def gpt_params(config: GPTConfig, tensors, prefix: str = "") -> dict:
     """The stacked parameters of the transformer out of a checkpoint."""
     ids = jnp.zeros((1, 2), jnp.int32)
     sizes = shapes(GPT(config).init, jax.random.key(0), ids, positions_bt=ids)
-    return names.read_tree(
-        tensors, sizes, lambda path, layer=None: names.gpt_key(path, layer, prefix), "test"
-    )
+    key = lambda path, layer=None: names.gpt_key(path, layer, prefix)  # noqa: E731
+    return jax.tree.map(jnp.asarray, names.read_tree(tensors, sizes, key, "test"))
 
 
 def checkpoint(name: str):

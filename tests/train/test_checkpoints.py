@@ -170,22 +170,16 @@ def test_mismatched_trees_name_their_leaves(tmp_path, change, named):
 
 
 def test_keep_last_and_keep_best(tmp_path):
-    losses = {
-        1: {"loss": 0.1},
-        2: {"loss": 5.0},
-        3: {"loss": float("nan")},
-        4: {"loss": 0.2},
-        5: None,
-        6: {"loss": 3.0},
-    }
+    values = {1: float("nan"), 2: 0.1, 3: 5.0, 4: 0.2, 6: 3.0}
+    losses = {step: {"loss": value} for step, value in values.items()}
     save_steps(tmp_path, range(1, 9), losses, keep_last=2, keep_best=2, best_metric="loss")
-    assert steps_in(tmp_path) == [1, 4, 7, 8]
+    assert steps_in(tmp_path) == [2, 4, 7, 8]
     with open_checkpoints(tmp_path, 2, 2, best_metric="loss") as checkpoints:  # the ranking survives a restart
-        assert (checkpoints.latest_step(), checkpoints.best_step()) == (8, 1)
+        assert (checkpoints.latest_step(), checkpoints.best_step()) == (8, 2)
         checkpoints.save(9, make_state(9), {}, {"loss": 0.01})
         checkpoints.wait()
         assert checkpoints.best_step() == 9
-    assert steps_in(tmp_path) == [1, 8, 9]
+    assert steps_in(tmp_path) == [2, 8, 9]
     assert load(tmp_path, best=True)[0]["step"] == 9
 
 
@@ -202,16 +196,15 @@ def test_keep_last_1_keeps_a_whole_one_at_any_time(tmp_path, monkeypatch):
     """Between Orbax's commit of step 2 and its manifest, step 1 must still be there."""
     seen = []
     write = module._write_manifest
-    monkeypatch.setattr(
-        module, "_write_manifest", lambda *a: (seen.append(load(tmp_path)[0]["step"].item()), write(*a))
-    )
+
+    def look_and_write(*args):
+        seen.append(int(load(tmp_path)[0]["step"]))
+        write(*args)
+
     with open_checkpoints(tmp_path, keep_last=1) as checkpoints:
-        monkeypatch.setattr(module, "_write_manifest", write)
         checkpoints.save(1, make_state(1), {}, None)
         checkpoints.wait()
-        monkeypatch.setattr(
-            module, "_write_manifest", lambda *a: (seen.append(load(tmp_path)[0]["step"].item()), write(*a))
-        )
+        monkeypatch.setattr(module, "_write_manifest", look_and_write)
         checkpoints.save(2, make_state(2), {}, None)
     assert seen == [1]
 

@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vqgan_jax.config import UserError
 from vqgan_jax.train import checkpoints as checkpoints_module
+from vqgan_jax.train import loop as loop_module
 from vqgan_jax.train.checkpoints import Checkpoints, load
 from vqgan_jax.train.loop import Schedule, train
 from vqgan_jax.train.metric_writer import open_writer
@@ -172,6 +173,7 @@ def test_order_and_schedule(tmp_path):
             evaluate=lambda state, step: events.append(("evaluate", step, int(state.step))) or {"val/loss": 1.0},
             draw=lambda state, step: events.append(("draw", step)) or {"a/b": np.zeros((2, 2, 3), np.uint8)},
         )
+        assert checkpoints.latest_step() == 5
     assert events == [
         ("batch", 0),
         ("batch", 1),
@@ -216,6 +218,26 @@ def test_units_and_plain_lines(tmp_path, capsys):
     assert "loss=" in out[0] and "images/s" in out[-2]
     line = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()][-2]
     assert line["tokens/s"] == pytest.approx(2 * line["images/s"])
+
+
+def test_speeds_leave_out_evaluations(tmp_path, monkeypatch):
+    """On a clock that moves 1 s a batch and 100 s an evaluation, the second interval runs at 1 s a step."""
+    now = [0.0]
+
+    def pass_time(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    run(
+        tmp_path,
+        total=8,
+        schedule=Schedule(total=8, log=4, evaluate=4, save=0, images=0),
+        hook=lambda step: pass_time(1.0),
+        evaluate=lambda state, step: pass_time(100.0) or {"loss": 0.0},
+    )
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    speed = next(line for line in lines if line["step"] == 8 and "images/s" in line)
+    assert (speed["images/s"], speed["step_seconds"]) == (8.0, 1.0)
 
 
 def test_dispatches_before_it_reads(tmp_path, monkeypatch):
@@ -286,6 +308,40 @@ def test_a_signal_saves_and_exits_42(tmp_path, whole, capsys, number, at):
 def test_a_signal_in_the_last_step_finishes(tmp_path):
     state = run(tmp_path, total=6, hook=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 5 else None)
     assert int(state.step) == 6 and load(tmp_path / "checkpoints")[1]["step"] == 6
+    assert "val/loss" in logged(tmp_path)[-1]
+
+
+def test_a_signal_without_saves_saves_nothing(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run(tmp_path, save=0, hook=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None)
+    assert exit_.value.code == 42
+    assert "preempted at step 3: nothing to save" in capsys.readouterr().out
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_saved_is_said_once_it_is_true(tmp_path, monkeypatch):
+    said = []
+
+    def say(text):
+        if "preempted" in text:
+            said.append((text, load(tmp_path / "checkpoints")[1]["step"]))
+
+    monkeypatch.setattr(loop_module, "_say", say)
+    with pytest.raises(SystemExit):
+        run(tmp_path, hook=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None)
+    assert said == [("preempted at step 3: saved", 3)]
+
+
+def test_checkpoints_are_sealed_while_the_run_goes_on(tmp_path):
+    sealed = []
+
+    def look(step):
+        if step > SAVE:
+            time.sleep(0.05)
+            sealed.append((tmp_path / "checkpoints" / str(SAVE) / "manifest.json").exists())
+
+    run(tmp_path, total=2 * SAVE, hook=look)
+    assert sealed[-1]
 
 
 def test_the_second_sigint_interrupts(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from vqgan_jax.train.metric_writer import open_writer
 
@@ -71,14 +72,17 @@ def test_resuming_cuts_the_logs_back(tmp_path):
     events = tensorboard(tmp_path)
     assert [(e.step, e.value) for e in events.Scalars("loss")] == wanted
     assert [e.step for e in events.Images("picture")] == list(range(1, 13))
+    loaded = [event for path in event_files(tmp_path) for event in EventFileLoader(str(path)).Load()]
+    tags = [value.tag for event in loaded for value in event.summary.value]
+    assert tags.count("_hparams_/session_start_info") == 1
 
 
 def test_starting_afresh_drops_everything(tmp_path):
-    write(tmp_path, 0, 4, 0.0)
-    with open_writer(tmp_path, resume_step=0) as writer:
-        writer.write_scalars(0, {"loss": 5.0})
-    assert [line["step"] for line in json_lines(tmp_path)] == [0]
-    assert [e.step for e in tensorboard(tmp_path).Scalars("loss")] == [0]
+    for value in (4.0, 5.0):
+        with open_writer(tmp_path, resume_step=0) as writer:
+            writer.write_scalars(0, {"loss": value})
+    assert [(line["step"], line["loss"]) for line in json_lines(tmp_path)] == [(0, 5.0)]
+    assert [(e.step, e.value) for e in tensorboard(tmp_path).Scalars("loss")] == [(0, 5.0)]
 
 
 @pytest.mark.parametrize("torn", [1, 7, 30])
@@ -90,6 +94,13 @@ def test_what_a_killed_process_tore_is_dropped(tmp_path, torn):
     wanted = [(1, 0.0), (2, 0.0), (3, 0.0), (4, 0.0), (5, 1.0), (6, 1.0)]
     assert [(line["step"], line["loss"]) for line in json_lines(tmp_path)] == wanted
     assert [(e.step, e.value) for e in tensorboard(tmp_path).Scalars("loss")] == wanted
+
+
+def test_a_line_that_lacks_its_newline_alone_is_kept(tmp_path):
+    write(tmp_path, 0, 5, 0.0)
+    os.truncate(tmp_path / "metrics.jsonl", (tmp_path / "metrics.jsonl").stat().st_size - 1)
+    write(tmp_path, 5, 6, 1.0)
+    assert [line["step"] for line in json_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_flush_puts_all_on_disk(tmp_path):

@@ -36,8 +36,9 @@ class Source(Protocol):
     """Random access to raw examples; picklable, and `__getitem__` may run in several threads at once.
 
     An example is a dict of: image uint8 [h, w, 3]; and, where the source knows them, label int; segmentation uint8 or
-    int32 [h, w] and depth float32 [h, w] in [0, 1] (0 near), of the image's size; boxes float32 [n, 4] (x, y, width, height, relative to the
-    picture); box_classes int32 [n]; box_flags int32 [n]. Reading an unreadable example raises `CorruptExample`.
+    int32 [h, w] and depth float32 [h, w] in [0, 1] (0 near), of the image's size; boxes float32 [n, 4] (x, y, width,
+    height, relative to the picture); box_classes int32 [n]; box_flags int32 [n].
+    Reading an unreadable example raises `CorruptExample`.
     """
 
     classes: tuple[str, ...]  # the names of the labels, () where examples have none

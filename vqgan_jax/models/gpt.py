@@ -163,6 +163,7 @@ class GPT(nn.Module):
         cache: Cache | None = None,
         span: int | None = None,
         last: int | None = None,
+        at: jax.Array | None = None,
         train: bool = False,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the transformer.
@@ -174,10 +175,11 @@ class GPT(nn.Module):
           cache: keys and values of the tokens before; only without scan_layers.
           span: static number of cache positions to attend over (all by default); must cover length + t.
           last: logits of the last so many tokens only (all by default).
+          at: logits of the token at this (traced) index only.
           train: dropout on.
 
         Returns:
-          Logits float32 [b, t or last, head_size], and the cache with these tokens in it (None without one).
+          Logits float32 [b, t or last or 1, head_size], and the cache with these tokens in it (None without one).
         """
         c = self.config
         table = self.param("token_embedding", partitioned(_normal, "vocab", "width"), (c.vocab_size, c.width))
@@ -207,7 +209,11 @@ class GPT(nn.Module):
                     values.append(past[1])
             if cache is not None:
                 cache = Cache(tuple(keys), tuple(values), cache.length + ids_bt.shape[1])
-        x = layer_norm(self.dtype, "norm_out")(x if last is None else x[:, -last:])
+        if at is not None:
+            x = jax.lax.dynamic_slice_in_dim(x, at, 1, axis=1)
+        elif last is not None:
+            x = x[:, -last:]
+        x = layer_norm(self.dtype, "norm_out")(x)
         head = self.param("head", partitioned(_normal, "width", "vocab"), (c.width, c.head_size))
         logits = jnp.einsum("btd,dv->btv", x, head.astype(self.dtype), preferred_element_type=jnp.float32)
         return logits, cache

@@ -138,7 +138,7 @@ class _JsonLines(_Silent):
 
     def __init__(self, path: Path, resume_step: int):
         if path.exists():
-            kept = [line for line in path.read_bytes().splitlines(keepends=True) if _stays(line, resume_step)]
+            kept = [line + b"\n" for line in path.read_bytes().splitlines() if _stays(line, resume_step)]
             partial = path.with_suffix(".tmp")
             partial.write_bytes(b"".join(kept))
             partial.replace(path)
@@ -165,7 +165,7 @@ class _JsonLines(_Silent):
 def _stays(line: bytes, resume_step: int) -> bool:
     """Whether a line is whole (a killed process may tear its last one) and of a step that stands."""
     try:
-        return resume_step > 0 and line.endswith(b"\n") and json.loads(line)["step"] <= resume_step
+        return resume_step > 0 and json.loads(line)["step"] <= resume_step
     except (ValueError, KeyError, TypeError):
         return False
 

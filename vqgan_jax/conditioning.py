@@ -1,0 +1,196 @@
+"""How a condition becomes tokens: the token layout, and one small class a kind of condition.
+
+A condition has `length`, `vocab_size`, `tokens(frozen, batch) -> int32 [b, length]`, `invert(frozen, tokens)` and
+`draw(frozen, tokens)`. Its ids are local to it: the layout alone adds offsets.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from vqgan_jax.config import UserError, choose, to_dataclass
+from vqgan_jax.tokenizer import Tokenizer
+
+Frozen = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLayout:
+    """Where each kind's ids stand in the transformer's vocabulary: image codes at 0, the condition's after them.
+
+    `shared` is the reference's layout: all offsets are 0, and the head covers the whole vocabulary.
+    """
+
+    image_codes: int
+    condition_codes: int
+    shared: bool
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        codes = (self.image_codes, self.condition_codes)
+        return max(codes) if self.shared else sum(codes)
+
+    @property
+    def head_size(self) -> int:
+        """Outputs of the head."""
+        return self.vocab_size if self.shared else self.image_codes
+
+    def condition(self, tokens_bt: jax.Array) -> jax.Array:
+        """A condition's local ids as ids of the vocabulary."""
+        return tokens_bt + (0 if self.shared else self.image_codes)
+
+    def join(self, condition_bt: jax.Array, codes_bt: jax.Array) -> jax.Array:
+        """The transformer's sequence [b, condition + codes] from the local ids of both."""
+        return jnp.concatenate([self.condition(condition_bt), codes_bt], axis=1)
+
+
+class Condition(Protocol):
+    """The contract. `spatial` grids of tokens can be cut into windows; the others hold for a whole picture."""
+
+    length: int
+    vocab_size: int
+    spatial: bool
+    keys: tuple[str, ...]  # what it needs of a batch
+
+    def tokens(self, frozen: Frozen, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Condition ids int32 [b, length], local to this kind."""
+
+    def invert(self, frozen: Frozen, tokens: jax.Array) -> Any:
+        """What the tokens say: the condition again, as far as they hold it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unconditional:
+    """A start token, for the transformer needs a first input."""
+
+    length = 1
+    vocab_size = 1
+    spatial = False
+    keys = ()
+
+    def tokens(self, frozen: Frozen, batch: Mapping[str, jax.Array]) -> jax.Array:
+        rows = next(iter(batch.values())).shape[0]
+        return jnp.zeros((rows, 1), jnp.int32)
+
+    def invert(self, frozen: Frozen, tokens: jax.Array) -> None:
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassLabel:
+    """One token, the class."""
+
+    classes: int
+    length = 1
+    spatial = False
+    keys = ("label",)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.classes
+
+    def tokens(self, frozen: Frozen, batch: Mapping[str, jax.Array]) -> jax.Array:
+        return batch["label"][:, None].astype(jnp.int32)
+
+    def invert(self, frozen: Frozen, tokens: jax.Array) -> jax.Array:
+        return tokens[:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedImage:
+    """A picture (depth, segmentation, edges, ...) as the codes of a VQGAN of its own, in raster order."""
+
+    stage: Tokenizer
+    grid: tuple[int, int]
+    spatial = True
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.stage.config.input_key,)
+
+    @property
+    def length(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.stage.codebook_size
+
+    @property
+    def frozen_name(self) -> str:
+        """Where its parameters stand among the frozen ones."""
+        return f"cond/{self.stage.config.input_key}"
+
+    def tokens(self, frozen: Frozen, batch: Mapping[str, jax.Array]) -> jax.Array:
+        picture = batch[self.stage.config.input_key]
+        if self.stage.config.input_key == "segmentation":
+            picture = jax.nn.one_hot(picture, self.stage.config.autoencoder.in_channels)
+        ids = self.stage.encode(frozen[self.frozen_name], picture)
+        return ids.reshape(ids.shape[0], -1)
+
+    def invert(self, frozen: Frozen, tokens: jax.Array) -> jax.Array:
+        return self.stage.decode(frozen[self.frozen_name], tokens.reshape(-1, *self.grid))
+
+
+@dataclasses.dataclass(frozen=True)
+class UnconditionalConfig:
+    """No fields."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassLabelConfig:
+    """The number of classes."""
+
+    classes: int
+
+    def __post_init__(self) -> None:
+        if self.classes < 1:
+            raise ValueError(f"classes is {self.classes}; a class-conditional model needs at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedImageConfig:
+    """The batch key of the picture; its VQGAN is `config.cond_vqgan`."""
+
+    input_key: str
+
+
+CONFIGS: dict[str, type[Any]] = {
+    "none": UnconditionalConfig,
+    "class": ClassLabelConfig,
+    "image": EncodedImageConfig,
+}
+ConditionConfig = UnconditionalConfig | ClassLabelConfig | EncodedImageConfig
+
+
+def condition_config(config: Mapping[str, Any], key: str) -> ConditionConfig:
+    """Reads `config.model.condition`. Raises UserError that names the key."""
+    fields = dict(config)
+    kind = choose(f"{key}.name", fields.pop("name"), CONFIGS)
+    return to_dataclass(kind, fields, key=key)
+
+
+def make_condition(config: ConditionConfig, grid: tuple[int, int], stage: Tokenizer | None) -> Condition:
+    """The condition of a config; `stage` is the VQGAN of an encoded picture.
+
+    Raises:
+      UserError: an encoded picture without its VQGAN, or with that of another picture.
+    """
+    match config:
+        case UnconditionalConfig():
+            return Unconditional()
+        case ClassLabelConfig(classes):
+            return ClassLabel(classes)
+        case EncodedImageConfig(input_key):
+            if stage is None:
+                raise UserError(f"config.cond_vqgan: a '{input_key}' condition needs the workdir of its VQGAN")
+            if stage.config.input_key != input_key:
+                raise UserError(
+                    f"config.cond_vqgan: that VQGAN encodes '{stage.config.input_key}', the condition is '{input_key}'"
+                )
+            return EncodedImage(stage, grid)
+    raise TypeError(config)

@@ -1,0 +1,186 @@
+"""Stage 2 put together: GPT, token layout, condition, order and first stage, as pure functions of arrays.
+
+Trainer, sampler, scores and the front door all speak to the transformer through this one class.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.typing import Dtype
+
+from vqgan_jax import conditioning, ordering
+from vqgan_jax.config import UserError, to_dataclass
+from vqgan_jax.models.gpt import GPT, Cache, GPTConfig, init_cache
+from vqgan_jax.tokenizer import Tokenizer
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ArchitectureConfig:
+    """The transformer's shape, as far as it does not follow from the codes."""
+
+    layers: int
+    heads: int
+    width: int
+    block_size: int  # positions; 0 = as many as the sequence needs
+    prefix: int  # first tokens that see each other both ways; 0 = causal throughout
+    embed_dropout: float
+    residual_dropout: float
+    attention_dropout: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """What makes a stage-2 model: a workdir fits a config where these are equal."""
+
+    transformer: ArchitectureConfig
+    condition: conditioning.ConditionConfig
+    grid: tuple[int, ...]  # height and width of the code grid it is trained on
+    order: str
+    shared_vocabulary: bool  # the reference's layout: condition and image codes share ids
+
+    @classmethod
+    def from_config(cls, model: Mapping[str, Any], key: str = "config.model") -> "TransformerConfig":
+        """Builds it from `config.model`. Raises UserError that names the key."""
+        rest = {name: model[name] for name in ("grid", "order", "shared_vocabulary")}
+        if unknown := set(model) - set(rest) - {"transformer", "condition"}:
+            raise UserError(f"{key}: unknown key '{sorted(unknown)[0]}'")
+        architecture = to_dataclass(ArchitectureConfig, model["transformer"], key=f"{key}.transformer")
+        condition = conditioning.condition_config(model["condition"], f"{key}.condition")
+        return cls(architecture, condition, tuple(rest["grid"]), rest["order"], rest["shared_vocabulary"])
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTransformer:
+    """Codes of pictures, given a condition. `frozen` everywhere holds the variables of the frozen networks by name:
+    "first_stage", "cond/<key>"."""
+
+    config: TransformerConfig
+    first_stage: Tokenizer
+    cond_stage: Tokenizer | None = None
+    dtype: Dtype = jnp.float32
+    remat: bool = False
+
+    @functools.cached_property
+    def condition(self) -> conditioning.Condition:
+        return conditioning.make_condition(self.config.condition, self.config.grid, self.cond_stage)
+
+    @functools.cached_property
+    def layout(self) -> conditioning.TokenLayout:
+        return conditioning.TokenLayout(
+            self.first_stage.codebook_size, self.condition.vocab_size, self.config.shared_vocabulary
+        )
+
+    @functools.cached_property
+    def order(self) -> np.ndarray:
+        """Raster index in order of generation, int32 [h * w]."""
+        return ordering.order(self.config.order, *self.config.grid)
+
+    @functools.cached_property
+    def gpt(self) -> GPTConfig:
+        a = self.config.transformer
+        needed = self.condition.length + len(self.order) - 1
+        if a.block_size and a.block_size < needed:
+            raise UserError(f"config.model.transformer.block_size: {a.block_size} positions, the sequence needs {needed}")
+        return GPTConfig(
+            vocab_size=self.layout.vocab_size,
+            head_size=self.layout.head_size,
+            block_size=a.block_size or needed,
+            layers=a.layers,
+            heads=a.heads,
+            width=a.width,
+            prefix=a.prefix,
+            embed_dropout=a.embed_dropout,
+            residual_dropout=a.residual_dropout,
+            attention_dropout=a.attention_dropout,
+        )
+
+    @property
+    def attend(self) -> str:
+        return "prefix" if self.config.transformer.prefix else "causal"
+
+    def init(self, key: jax.Array) -> Tree:
+        """Fresh parameters, boxed with their logical axes."""
+        ids = jnp.zeros((1, 2), jnp.int32)
+        return GPT(self.gpt, self.dtype).init(key, ids, positions_bt=ids)["params"]
+
+    def codes(self, frozen: Tree, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Image codes [b, t] in order of generation, from the batch's cached codes [b, h, w] or its images."""
+        if "codes/image" in batch:
+            ids = batch["codes/image"]
+        else:
+            ids = self.first_stage.encode(frozen["first_stage"], batch[self.first_stage.config.input_key])
+        return self.from_grid(ids)
+
+    def from_grid(self, ids_bhw: jax.Array) -> jax.Array:
+        """Ids [b, h, w] to [b, t] in order of generation."""
+        return ids_bhw.reshape(ids_bhw.shape[0], -1)[:, self.order]
+
+    def to_grid(self, codes_bt: jax.Array) -> jax.Array:
+        """The inverse of `from_grid`."""
+        return codes_bt[:, ordering.inverse(self.order)].reshape(-1, *self.config.grid)
+
+    def decode(self, frozen: Tree, ids_bhw: jax.Array) -> jax.Array:
+        """Ids [b, h, w] to images; ids beyond the codebook (a shared vocabulary has some) count as its last code."""
+        ids = jnp.minimum(ids_bhw, self.first_stage.codebook_size - 1)
+        return self.first_stage.decode(frozen["first_stage"], ids)
+
+    def logits(
+        self,
+        params: Tree,
+        condition_bt: jax.Array,
+        codes_bt: jax.Array,
+        *,
+        train: bool = False,
+        rngs: dict[str, jax.Array] | None = None,
+    ) -> jax.Array:
+        """Logits float32 [b, t, v]: position i predicts `codes_bt[:, i]`. Stacked parameters, as trained."""
+        ids = self.layout.join(condition_bt, codes_bt)[:, :-1]
+        logits, _ = GPT(self.gpt, self.dtype, self.remat).apply(
+            {"params": params},
+            ids,
+            positions_bt=jnp.arange(ids.shape[1])[None],
+            attend=self.attend,
+            last=codes_bt.shape[1],
+            train=train,
+            rngs=rngs,
+        )
+        return logits
+
+    def decoder(self, split_params: Tree) -> tuple[Callable[..., Any], Callable[[int], Cache]]:
+        """What the sampler is handed: `apply(ids_bt, cache, span) -> (logits of the last token [b, v], cache)` and
+        `empty(batch) -> cache`. `split_params` from `gpt.split_layers`; ids are those of the vocabulary."""
+        model = GPT(self.gpt, self.dtype, scan_layers=False)
+
+        def apply(ids_bt: jax.Array, cache: Cache, span: int) -> tuple[jax.Array, Cache]:
+            positions = cache.length + jnp.arange(ids_bt.shape[1])[None]
+            logits, cache = model.apply(
+                {"params": split_params},
+                ids_bt,
+                positions_bt=positions,
+                attend=self.attend,
+                cache=cache,
+                span=span,
+                last=1,
+            )
+            return logits[:, 0], cache
+
+        return apply, lambda batch: init_cache(self.gpt, batch, self.gpt.block_size, self.dtype)
+
+    def window_logits(self, split_params: Tree, condition_bt: jax.Array, window_bt: jax.Array, at: jax.Array) -> jax.Array:
+        """Logits [b, v] of the window's token number `at`, from the tokens before it; the rest may be anything."""
+        ids = self.layout.join(condition_bt, window_bt)[:, :-1]
+        logits, _ = GPT(self.gpt, self.dtype, scan_layers=False).apply(
+            {"params": split_params},
+            ids,
+            positions_bt=jnp.arange(ids.shape[1])[None],
+            attend=self.attend,
+            at=self.condition.length - 1 + at,
+        )
+        return logits[:, 0]
