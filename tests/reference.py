@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqgan_jax.convert import names
 from vqgan_jax.models.autoencoder import AutoencoderConfig
@@ -50,7 +51,7 @@ CLASS_GPT_TINY = GPTConfig(64, 64, 64, 2, 4, 32, 0, 0.0, 0.0, 0.0)
 def shapes(init, *args, collection="params", **kwargs) -> dict[str, tuple[int, ...]]:
     """Our flat paths and shapes of one collection, without computing anything."""
     tree = nn.unbox(jax.eval_shape(lambda: init(*args, **kwargs)))
-    return {path: leaf.shape for path, leaf in names.flatten(tree[collection]).items()}
+    return {path: leaf.shape for path, leaf in flatten_dict(tree[collection], sep="/").items()}
 
 
 def vqgan_variables(config: VQGANConfig, tensors, prefix: str = "", quantizer: str = "vq") -> dict:
@@ -99,7 +100,7 @@ def lpips_variables() -> dict:
         reference_shape = names.to_reference(np.empty(shape, np.float32), key.layout).shape
         array = names.to_ours(seeded(key.name, reference_shape, "lpips/"), key.layout)
         flat[path] = np.abs(array) if path.startswith("linear") else array
-    return {"params": names.unflatten(flat)}
+    return {"params": unflatten_dict(flat, sep="/")}
 
 
 def gpt_params(config: GPTConfig, tensors, prefix: str = "") -> dict:

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -153,3 +154,15 @@ def abstract_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
     boxed = jax.eval_shape(init, *args)
     shardings = state_shardings(boxed, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """A global array as numpy on every host."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def put_tree(tree: Any, mesh: Mesh) -> Any:
+    """Places frozen parameters, equal on all hosts, sharded by size."""
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, shard_by_size(x.shape, mesh))), tree)

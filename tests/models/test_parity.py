@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 import pytest
 
 from tests import reference as ref
@@ -84,11 +85,11 @@ def test_actnorm_discriminator_starts_from_its_first_batch():
     variables = model.init(jax.random.key(0), golden["first_image"])
     tensors = {name.removeprefix("param/"): value for name, value in golden.items() if name.startswith("param/")}
     flat = {}
-    for path, value in names.flatten(variables["params"]).items():
+    for path, value in flatten_dict(variables["params"], sep="/").items():
         key = names.discriminator_key(path, 2, "main.")
         norm = path.startswith("norm")  # a fresh ActNorm: its start comes from the batch
         flat[path] = np.zeros_like(value) if norm else names.to_ours(tensors[key.name], key.layout)
-    variables = {"params": names.unflatten(flat), "batch_stats": variables["batch_stats"]}
+    variables = {"params": unflatten_dict(flat, sep="/"), "batch_stats": variables["batch_stats"]}
     logits, started = model.apply(variables, golden["first_image"], train=True, mutable=["batch_stats"])
     close(logits, golden["first_logits_train"])
     for k, layer in ((1, 3), (2, 6)):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqgan_jax.config import UserError
 
@@ -147,26 +148,6 @@ def gpt_key(path: str, layer: int | None = None, prefix: str = "") -> Key:
     return Key(f"{prefix}blocks.{layer}.{name}.{_LEAF[leaf]}", "linear" if leaf == "kernel" else "same")
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict as {"a/b/c": leaf}."""
-    flat = {}
-    for name, value in tree.items():
-        flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree
-
-
 def read_tree(
     tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], key: Callable[[str], Key], what: str
 ) -> dict[str, Any]:
@@ -190,7 +171,7 @@ def read_tree(
             flat[path] = stacked
         else:
             flat[path] = _read(tensors, key(path), shape, what)
-    return unflatten(flat)
+    return unflatten_dict(flat, sep="/")
 
 
 def _read(tensors: Mapping[str, np.ndarray], key: Key, shape: tuple[int, ...], what: str) -> np.ndarray:
@@ -209,7 +190,7 @@ def _read(tensors: Mapping[str, np.ndarray], key: Key, shape: tuple[int, ...], w
 def write_tree(tree: Mapping[str, Any], key: Callable[[str], Key]) -> dict[str, np.ndarray]:
     """The inverse of `read_tree`: our arrays under the reference's names and in its layout."""
     tensors = {}
-    for path, value in flatten(tree).items():
+    for path, value in flatten_dict(tree, sep="/").items():
         value = np.asarray(value)
         if path.startswith("blocks/"):
             for layer in range(value.shape[0]):

@@ -39,7 +39,8 @@ class Checkpoints:
     """The checkpoints of one run, one folder a step, saved in the background and verified when restored.
 
     Every process of a run makes one and calls each method at the same step; process 0 alone hashes, and its choice of
-    a step to restore is broadcast, so that hosts never part. A context manager, closed when left.
+    a step to restore is broadcast, so that hosts never part. A context manager, closed when left. It removes what an
+    unfinished save left behind, so a run has one at a time; others read with `load`.
     """
 
     def __init__(

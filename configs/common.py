@@ -1,0 +1,208 @@
+"""The pieces that configs share. Every field of every config has its default here or in the config itself.
+
+Durations are texts in any unit: "300" (steps), "2 epochs", "1e6 examples", "10%" of the run. Tuples are written
+'(1, 1, 2)' on the command line; an empty text or 0 switches an option off.
+"""
+
+from ml_collections import ConfigDict
+
+
+def run() -> ConfigDict:
+    """What both trainers need beside model, data and optimizer."""
+    return ConfigDict(
+        dict(
+            seed=0,
+            steps="100 epochs",
+            batch_size=8,  # global: over all devices and hosts
+            accumulation=1,  # micro-batches a step
+            dtype="float32",  # compute; parameters are float32 always
+            remat=False,
+            ema_decay=0.999,  # 0: none
+            nonfinite_budget=0,  # steps that may be skipped because they were not finite
+            init_from="",  # a workdir or an imported model whose parameters to start from
+            log_every="50",
+            eval_every="5%",
+            save_every="5%",
+            images_every="5%",
+            eval_examples=1024,  # of the validation split; 0: all
+            images_shown=16,
+            checkpoint=dict(keep_last=2, keep_best=1),
+            hand_to_clu=False,  # write through clu.metric_writers, where TensorFlow is installed
+            profile="",  # "100-110": steps to trace
+            mesh=dict(data=-1, fsdp=1, tensor=1),
+        )
+    )
+
+
+def data(source: str = "scenes") -> ConfigDict:
+    """Where examples come from."""
+    return ConfigDict(
+        dict(
+            source=source,
+            path="",
+            train_split="train",  # folder: sub-folders of `path`; "" is `path` itself
+            val_split="val",  # "": hold out `val_share` of the training files
+            val_share=0.02,
+            train_examples=14336,  # scenes: how many to render
+            val_examples=1024,
+            seed=0,
+            image_size=64,
+            resize="lanczos",
+            crop="random",
+            crop_scale=(0.5, 1.0),  # share of the area, for crop="random_resized"
+            flip=True,
+            max_boxes=16,
+            threads=4,
+            processes=0,
+            max_corrupt_share=0.01,
+        )
+    )
+
+
+def adam(learning_rate: float, **changes) -> ConfigDict:
+    """Adam as stage 1 uses it; the learning rate is that of the whole batch unless `scale_by_batch`."""
+    return ConfigDict(
+        dict(
+            learning_rate=learning_rate,
+            scale_by_batch=False,
+            b1=0.5,
+            b2=0.9,
+            epsilon=1e-8,
+            weight_decay=0.0,
+            clip_norm=0.0,
+            schedule="constant",
+            warmup="0",
+            hold="0",
+            final_share=0.0,
+        )
+        | changes
+    )
+
+
+def adamw(learning_rate: float, **changes) -> ConfigDict:
+    """AdamW as stage 2 uses it: decay on kernels only."""
+    settings = dict(b1=0.9, b2=0.95, weight_decay=0.01, clip_norm=1.0, schedule="cosine", warmup="5%")
+    return adam(learning_rate, **settings | changes)
+
+
+def vqgan_model(resolution: int = 256) -> ConfigDict:
+    """The paper's f16 VQGAN with 1024 codes."""
+    return ConfigDict(
+        dict(
+            input_key="image",
+            autoencoder=dict(
+                in_channels=3,
+                out_channels=3,
+                resolution=resolution,
+                channels=128,
+                multipliers=(1, 1, 2, 2, 4),
+                blocks=2,
+                decoder_extra_blocks=1,
+                attention_resolutions=(16,),
+                mid_attention=True,
+                z_channels=256,
+                dropout=0.0,
+                stem=1,
+            ),
+            quantizer=vq(1024, 256),
+            discriminator=dict(enabled=True, channels=64, layers=3, norm="batch"),
+        )
+    )
+
+
+def vq(codebook_size: int, dim: int) -> ConfigDict:
+    """Nearest code by gradient, as published."""
+    return ConfigDict(
+        dict(
+            name="vq",
+            codebook_size=codebook_size,
+            dim=dim,
+            commitment_weight=0.25,
+            codebook_weight=1.0,
+            restart_below=0.0,
+            usage_decay=0.99,
+        )
+    )
+
+
+def ema(codebook_size: int, dim: int) -> ConfigDict:
+    """Nearest code by running means, dead codes restarted."""
+    return ConfigDict(
+        dict(
+            name="ema", codebook_size=codebook_size, dim=dim, commitment_weight=0.25, decay=0.97, restart_below=0.1
+        )
+    )
+
+
+def vqgan_loss() -> ConfigDict:
+    """Stage 1's objective: L1 + LPIPS + hinge PatchGAN under the adaptive weight."""
+    return ConfigDict(
+        dict(
+            reconstruction="l1",
+            pixel_weight=1.0,
+            perceptual_weight=1.0,
+            quantizer_weight=1.0,
+            discriminator_loss="hinge",
+            adversarial_weight=0.8,
+            adversarial_start="25%",
+            adversarial_ramp="5%",
+            adaptive=True,
+            adaptive_epsilon=1e-6,  # the paper's delta
+            adaptive_maximum=1e4,
+            schedule="simultaneous",
+            idle_discriminator_updates=False,
+        )
+    )
+
+
+def vqgan() -> ConfigDict:
+    """A whole stage-1 config: the paper's model and sizes, to be changed by a config file."""
+    config = run()
+    config.model = vqgan_model()
+    config.data = data("folder")
+    config.loss = vqgan_loss()
+    config.optimizer = adam(4.5e-6, scale_by_batch=True)
+    config.lpips = dict(vgg="", heads="")  # local files; "" downloads them to the cache folder
+    config.checkpoint.best_metric, config.checkpoint.best_mode = "val/psnr", "max"
+    return config
+
+
+def transformer() -> ConfigDict:
+    """A whole stage-2 config: GPT2-medium, unconditional, to be changed by a config file."""
+    config = run()
+    config.vqgan = ""  # workdir of the first stage
+    config.cond_vqgan = ""  # workdir of the condition's VQGAN, for condition.name="image"
+    config.cache_codes = False  # encode the training set once (centre crops) instead of at every step
+    config.model = ConfigDict(
+        dict(
+            transformer=dict(
+                layers=24,
+                heads=16,
+                width=1024,
+                block_size=0,  # 0: as many positions as the sequence needs
+                prefix=0,
+                embed_dropout=0.0,
+                residual_dropout=0.0,
+                attention_dropout=0.0,
+            ),
+            condition=dict(name="none"),
+            grid=(16, 16),
+            order="row_major",
+            shared_vocabulary=False,
+        )
+    )
+    config.data = data("folder")
+    config.loss = dict(keep=1.0, label_smoothing=0.0)
+    config.optimizer = adamw(4.5e-6, scale_by_batch=True)
+    config.sampling = dict(temperature=1.0, top_k=100, top_p=1.0)  # of the pictures drawn during training
+    config.checkpoint.best_metric, config.checkpoint.best_mode = "val/nll", "min"
+    return config
+
+
+def run_local(config: ConfigDict) -> ConfigDict:
+    """Two steps on a laptop, to see that a config runs: the `runlocal` argument of every config."""
+    config.steps, config.batch_size, config.accumulation, config.eval_examples = "2", 8, 1, 16
+    config.log_every, config.eval_every, config.save_every, config.images_every = "1", "2", "2", "2"
+    config.data.source, config.data.train_examples, config.data.val_examples = "scenes", 32, 16
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    return config

@@ -1,0 +1,103 @@
+"""How every entry point starts: flags whose errors are one line, user errors without a stack trace, several hosts."""
+
+import logging as std_logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from vqgan_jax.config import UserError
+
+FAILED = 2  # the exit code of every user error
+
+
+def define_training_flags() -> None:
+    """The flags of the two trainers: --config, --workdir and --distributed."""
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file, with an argument after a colon: configs/demo_vqgan.py:runlocal.", lock_config=True
+    )
+    flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, pictures. Rerun to resume.")
+    define_distributed_flag()
+
+
+def define_distributed_flag() -> None:
+    """--distributed: whether several processes form one job."""
+    flags.DEFINE_bool(
+        "distributed", False, "Several hosts: call jax.distributed.initialize, which finds TPU pods, GKE and Slurm."
+    )
+
+
+def run(main: Callable[[], None], *, required: Sequence[str]) -> None:
+    """Parses flags, sets logging and devices up, and runs `main`; a UserError ends it with one line and exit code 2.
+
+    Args:
+      main: takes nothing; reads FLAGS.
+      required: flags that must be given.
+    """
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+        except flags.Error as error:
+            fail(str(error).replace("\n", " "))
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, OSError, UserError) as error:
+            fail(_config_error(error))
+        if len(rest) > 1:
+            fail(f"'{rest[1]}' is no flag; flags begin with --")
+        for name in required:
+            if not flags.FLAGS[name].value and not (flags.FLAGS.is_parsed() and _asks_for_help()):
+                fail(f"--{name} is missing; --help lists all flags")
+        return rest
+
+    def guarded(_: Sequence[str]) -> None:
+        logging.set_verbosity(logging.INFO)
+        logging.use_absl_handler()
+        for name in ("orbax", "jax", "absl"):
+            std_logging.getLogger(name).setLevel(std_logging.WARNING)
+        try:
+            if "distributed" in flags.FLAGS and flags.FLAGS.distributed:
+                jax.distributed.initialize()
+            main()
+        except UserError as error:
+            fail(str(error))
+
+    app.run(guarded, flags_parser=parse)
+
+
+def fail(message: str) -> None:
+    """Prints one line and exits with code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(FAILED)
+
+
+def check_workdir(workdir: str) -> Path:
+    """Makes the workdir. Raises UserError where it cannot be written."""
+    path = Path(workdir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "permission denied")
+        probe = path / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror or error}); name another folder") from None
+    return path
+
+
+def _asks_for_help() -> bool:
+    return any(arg.lstrip("-").startswith("help") for arg in sys.argv[1:])
+
+
+def _config_error(error: Exception) -> str:
+    """One line out of what ml_collections or a config file raised: an unknown key names the one that was meant."""
+    text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, OSError) and error.filename:
+        return f"--config={error.filename}: {error.strerror.lower()}"
+    return f"--config: {text}"

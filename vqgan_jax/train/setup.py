@@ -1,0 +1,230 @@
+"""What both training scripts do before the loop: data, durations, restoring, the record that goes with a checkpoint."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vqgan_jax import parallel
+from vqgan_jax.config import FORMAT_VERSION, UserError, choose, differences, plain, resolve_steps, to_dataclass, upgrade
+from vqgan_jax.data.pipeline import DevicePrefetch, Evaluation, evaluation, pipeline, prefetch_to_device
+from vqgan_jax.data.sources import Source, open_source
+from vqgan_jax.data.transforms import Transform
+from vqgan_jax.train.checkpoints import Checkpoints
+from vqgan_jax.train.loop import Schedule
+from vqgan_jax.train.optimizers import OptimizerConfig
+from vqgan_jax.train.state import TrainState, Tree
+
+CHECKPOINTS = "checkpoints"  # in a workdir
+FIRST_STAGE, COND_STAGE = "first_stage", "cond_stage"
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Both splits of a config's data set, and how an example of each becomes a row."""
+
+    train: Source
+    val: Source
+    train_transform: Transform
+    val_transform: Transform
+
+
+def open_data(config: ConfigDict, keys: Sequence[str], *, factor: int, classes: int = 0) -> Data:
+    """Opens both splits.
+
+    Args:
+      config: the whole config.
+      keys: batch keys that the run needs.
+      factor: what the picture size must divide by.
+      classes: labels below this are allowed.
+
+    Raises:
+      UserError: nothing to read, a size that does not divide, more classes than the model has.
+    """
+    size = config.data.image_size
+    if size % factor:
+        raise UserError(f"config.data.image_size: {size} does not divide by the model's factor {factor}")
+    train, val = open_source(config.data, "train"), open_source(config.data, "val")
+    if classes and len(train.classes) > classes:
+        raise UserError(
+            f"config.model.condition.classes: the model has {classes}, the data set {len(train.classes)}; "
+            "raise it, or choose a data set with fewer"
+        )
+    if "label" in keys and not train.classes:
+        raise UserError(f"config.data.path: '{config.data.path}' has no classes: put the images in one folder a class")
+    transforms = (Transform.from_config(config.data, keys=keys, classes=classes, train=t) for t in (True, False))
+    return Data(train, val, *transforms)
+
+
+def dtype_of(config: ConfigDict) -> Any:
+    """The compute dtype that `config.dtype` names."""
+    return choose("config.dtype", config.dtype, DTYPES)
+
+
+class Durations:
+    """Turns a config's durations into steps, once the size of the data set is known."""
+
+    def __init__(self, config: ConfigDict, examples: int):
+        self._units = dict(batch_size=config.batch_size, examples=examples)
+        self.total = resolve_steps(config.steps, key="config.steps", **self._units)
+
+    def steps(self, duration: str, key: str, *, at_least: int = 0) -> int:
+        """Steps of one duration; `at_least` 1 where a rounding to 0 would mean "never" (but "0" itself does)."""
+        if str(duration).strip() == "0":
+            return 0
+        return max(at_least, resolve_steps(duration, key=key, total=self.total, **self._units))
+
+    def schedule(self, config: ConfigDict) -> Schedule:
+        """The loop's schedule."""
+        every = {name: f"{name}_every" for name in ("log", "eval", "save", "images")}
+        log, evaluate, save, images = (
+            self.steps(config[key], f"config.{key}", at_least=1) for key in every.values()
+        )
+        return Schedule(self.total, log, evaluate, save, images)
+
+    def replace(self, fields: ConfigDict, key: str, names: Sequence[str]) -> dict[str, Any]:
+        """A config's fields with the durations among them as steps."""
+        return dict(fields) | {name: self.steps(fields[name], f"{key}.{name}") for name in names}
+
+    def optimizer(self, config: ConfigDict, key: str = "config.optimizer") -> OptimizerConfig:
+        """The optimizer's settings in steps."""
+        return to_dataclass(OptimizerConfig, self.replace(config.optimizer, key, ("warmup", "hold")), key=key)
+
+
+def training_batches(
+    config: ConfigDict, mesh: Mesh, source: Source, transform: Callable[..., Any], start_step: int
+) -> DevicePrefetch:
+    """Batches on the device from `start_step` on; a global batch is the same for any number of hosts."""
+    batch = config.batch_size
+    loaded = pipeline(
+        source,
+        rows=parallel.host_rows(mesh, batch),
+        global_batch=batch,
+        seed=config.seed,
+        start_step=start_step,
+        transform=transform,
+        threads=config.data.threads,
+        processes=config.data.processes,
+        max_corrupt_share=config.data.max_corrupt_share,
+    )
+    return prefetch_to_device(loaded, lambda rows: parallel.put_batch(rows, mesh, batch))
+
+
+def evaluation_batches(
+    batch: int, mesh: Mesh, source: Source, transform: Callable[..., Any], limit: int
+) -> Evaluation:
+    """Every example of a source once (or `limit` of them, spread out; 0: all), in padded batches of host rows."""
+    rows = parallel.host_rows(mesh, batch)
+    return evaluation(source, rows=rows, global_batch=batch, transform=transform, limit=limit or None)
+
+
+def check_batch(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError unless the batch divides over micro-batches and devices."""
+    if config.accumulation < 1 or config.batch_size % config.accumulation:
+        raise UserError(
+            f"config.accumulation: a batch of {config.batch_size} does not divide into {config.accumulation} parts"
+        )
+    parallel.check_batch(config.batch_size // config.accumulation, mesh)
+
+
+def make_record(config: ConfigDict, kind: str, **more: Any) -> dict[str, Any]:
+    """What a checkpoint holds beside the state."""
+    return {"format_version": FORMAT_VERSION, "kind": kind, "seed": config.seed, "config": plain(config), **more}
+
+
+def open_checkpoints(config: ConfigDict, workdir: Path) -> Checkpoints:
+    """The run's checkpoints, by `config.checkpoint`."""
+    return Checkpoints(workdir / CHECKPOINTS, **config.checkpoint)
+
+
+def check_same_model(config: ConfigDict, workdir: Path) -> None:
+    """Raises UserError if the workdir holds checkpoints of another model. Only `config.model` decides."""
+    recorded = workdir / "config.json"
+    if not recorded.exists() or not any((workdir / CHECKPOINTS).glob("[0-9]*")):
+        return
+    theirs = json.loads(recorded.read_text())
+    if found := differences(plain(config.model), theirs["model"]):
+        raise UserError(f"--workdir={workdir}: holds another model: config.model.{'; '.join(found)}. Name another folder")
+
+
+def restore_or_init(
+    checkpoints: Checkpoints,
+    init: Callable[[jax.Array], TrainState],
+    mesh: Mesh,
+    config: ConfigDict,
+    load_initial: Callable[[str], Tree] | None = None,
+) -> tuple[TrainState, int]:
+    """The newest whole checkpoint, else a fresh state; and its number of completed steps.
+
+    Args:
+      checkpoints: open.
+      init: `init(key) -> TrainState`, boxed.
+      mesh: where the state is born.
+      config: the whole config.
+      load_initial: `path -> parameters by network`, for `config.init_from`.
+    """
+    key = jax.random.key(config.seed)
+    restored = checkpoints.restore(parallel.abstract_sharded(init, mesh, key))
+    if restored is not None:
+        state, record = restored
+        upgrade(record)
+        return state, int(state.step)
+    state = parallel.init_sharded(init, mesh, key)
+    if config.init_from and load_initial:
+        state = start_from(state, load_initial(config.init_from), config.init_from)
+    return state, 0
+
+
+def start_from(state: TrainState, loaded: Mapping[str, Mapping[str, Any]], path: str) -> TrainState:
+    """A fresh state with the networks of another run: {"params": {network: tree}, "collections": {network: tree}}.
+
+    A network that `loaded` lacks stays fresh. EMA starts at the loaded parameters.
+
+    Raises:
+      UserError: a network of another shape.
+    """
+
+    def take(fresh: Tree, new: Tree, name: str) -> Tree:
+        ours = {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(fresh)}
+        theirs = {jax.tree_util.keystr(p): np.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(new)}
+        for leaf in sorted(set(ours) | set(theirs)):
+            if ours.get(leaf) != theirs.get(leaf):
+                raise UserError(
+                    f"config.init_from={path}: {name}{leaf} has shape {theirs.get(leaf)} there, {ours.get(leaf)} here"
+                )
+        return jax.tree.map(lambda x, y: jax.device_put(jnp.asarray(y, x.dtype), x.sharding), fresh, new)
+
+    params, collections, ema = dict(state.params), dict(state.collections), dict(state.ema)
+    for name, tree in loaded["params"].items():
+        if name in params:
+            params[name] = take(params[name], tree, name)
+            if name in ema:
+                ema[name] = jax.tree.map(jnp.copy, params[name])
+    for name, tree in loaded["collections"].items():
+        if name in collections:
+            collections[name] = take(collections[name], tree, name)
+    return state.replace(params=params, collections=collections, ema=ema)
+
+
+def profile_range(config: ConfigDict) -> tuple[int, int] | None:
+    """`config.profile` ("100-110") as two counts of steps."""
+    if not config.profile:
+        return None
+    first, _, last = config.profile.partition("-")
+    if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise UserError(f"config.profile: '{config.profile}' is no range of steps; write '100-110'")
+    return int(first), int(last)
+
+
+def parameter_count(params: Tree) -> int:
+    """How many numbers a tree holds."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
