@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from vqgan_jax.config import UserError
@@ -54,8 +54,6 @@ def run(main: Callable[[], None], *, required: Sequence[str]) -> None:
         return rest
 
     def guarded(_: Sequence[str]) -> None:
-        logging.set_verbosity(logging.INFO)
-        logging.use_absl_handler()
         for name in ("orbax", "jax", "absl"):
             std_logging.getLogger(name).setLevel(std_logging.WARNING)
         try:

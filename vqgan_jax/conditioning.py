@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vqgan_jax.config import UserError, choose, to_dataclass
+from vqgan_jax.models.vqgan import model_input
 from vqgan_jax.tokenizer import Tokenizer
 
 Frozen = Mapping[str, Any]
@@ -126,10 +127,7 @@ class EncodedImage:
         return f"cond/{self.stage.config.input_key}"
 
     def tokens(self, frozen: Frozen, batch: Mapping[str, jax.Array]) -> jax.Array:
-        picture = batch[self.stage.config.input_key]
-        if self.stage.config.input_key == "segmentation":
-            picture = jax.nn.one_hot(picture, self.stage.config.autoencoder.in_channels)
-        ids = self.stage.encode(frozen[self.frozen_name], picture)
+        ids = self.stage.encode(frozen[self.frozen_name], model_input(self.stage.config, batch))
         return ids.reshape(ids.shape[0], -1)
 
     def invert(self, frozen: Frozen, tokens: jax.Array) -> jax.Array:

@@ -110,7 +110,7 @@ def discriminator_key(path: str, layers: int, prefix: str = "loss.discriminator.
     return Key(f"{prefix}{number}.{({'mean': 'running_mean', 'variance': 'running_var'} | _LEAF)[leaf]}")
 
 
-_VGG_LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # torchvision's `features` indices
+VGG_LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # torchvision's `features` indices
 
 
 def lpips_key(path: str, prefix: str = "") -> Key:
@@ -118,7 +118,7 @@ def lpips_key(path: str, prefix: str = "") -> Key:
     if match := re.fullmatch(r"linear_(\d)", path):
         return Key(f"{prefix}lin{match[1]}.model.1.weight", "channel")
     stage, k, leaf = re.fullmatch(r"stage_(\d)_conv_(\d)/(\w+)", path).groups()
-    layer = _VGG_LAYERS[int(stage)][int(k)]
+    layer = VGG_LAYERS[int(stage)][int(k)]
     return Key(f"{prefix}net.slice{int(stage) + 1}.{layer}.{_LEAF[leaf]}", "conv" if leaf == "kernel" else "same")
 
 

@@ -48,6 +48,14 @@ class VQGANConfig:
         return self.autoencoder.factor
 
 
+def model_input(config: VQGANConfig, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """What the VQGAN reconstructs: float32 [b, h, w, c]; a segmentation as one-hot labels."""
+    x = batch[config.input_key]
+    if config.input_key == "segmentation":
+        return jax.nn.one_hot(x, config.autoencoder.in_channels)
+    return x
+
+
 @struct.dataclass
 class VQGANOutput:
     """One pass: reconstruction float32 [b, h, w, c], ids int32 [b, h', w'], what the quantizer says, and the input of

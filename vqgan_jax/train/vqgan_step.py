@@ -17,7 +17,7 @@ from vqgan_jax.models.autoencoder import last_layer
 from vqgan_jax.models.discriminators import PatchGAN
 from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.quantizers import apply_restart, perplexity
-from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
+from vqgan_jax.models.vqgan import VQGAN, VQGANConfig, model_input
 from vqgan_jax.train.state import Metrics, TrainState, Tree, accumulate, guard, update_ema
 
 
@@ -38,14 +38,6 @@ class VQGANObjective:
     adaptive_maximum: float
     schedule: Literal["simultaneous", "alternating"]  # alternating: the discriminator sees the updated generator
     idle_discriminator_updates: bool  # before the start the reference feeds its discriminator's Adam zero gradients
-
-
-def model_input(config: VQGANConfig, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """What the VQGAN reconstructs: float32 [b, h, w, c]; a segmentation as one-hot labels."""
-    x = batch[config.input_key]
-    if config.input_key == "segmentation":
-        return jax.nn.one_hot(x, config.autoencoder.in_channels)
-    return x
 
 
 def make_init(

@@ -1,0 +1,149 @@
+"""Stage 1: train a VQGAN, images to codes and back.
+
+    python train_vqgan.py --config=configs/demo_vqgan.py --workdir=runs/vqgan
+
+Rerun the same command to resume. Override any field: --config.batch_size=16 --config.data.path=/photos.
+The workdir holds checkpoints/, metrics.jsonl, tensorboard/, images/, config.json and run/ (a record of each start).
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from vqgan_jax import cli, images, parallel, pretrained, weights
+from vqgan_jax.config import to_dataclass
+from vqgan_jax.evals.runner import reconstruction_scorer
+from vqgan_jax.models.lpips import LPIPS
+from vqgan_jax.models.vqgan import VQGAN, VQGANConfig, model_input
+from vqgan_jax.train import loop, setup, vqgan_step
+from vqgan_jax.train.metric_writer import open_writer
+from vqgan_jax.train.optimizers import make_optimizer, make_schedule
+from vqgan_jax.train.run_record import write_run_record
+from vqgan_jax.train.state import TrainState
+
+FLAGS = flags.FLAGS
+DURATIONS = ("adversarial_start", "adversarial_ramp")  # among the fields of config.loss
+
+
+def train(config: ConfigDict, workdir: str) -> TrainState:
+    """Runs the whole story and returns the last state."""
+    path = cli.check_workdir(workdir)
+
+    # Mesh
+    mesh = parallel.make_mesh(config.mesh)
+    setup.check_batch(config, mesh)
+
+    # Model
+    setup.check_same_model(config, path)
+    model_config = VQGANConfig.from_config(config.model)
+    model = VQGAN(model_config, setup.dtype_of(config), config.remat)
+
+    # Data
+    data = setup.open_data(config, (model_config.input_key,), factor=model_config.factor)
+    durations = setup.Durations(config, len(data.train))
+
+    # Objective, optimizers and frozen networks
+    loss = durations.replace(config.loss, "config.loss", DURATIONS)
+    objective = to_dataclass(vqgan_step.VQGANObjective, loss, key="config.loss")
+    learning_rate = make_schedule(durations.optimizer(config), durations.total, config.batch_size)
+    optimizer = make_optimizer(durations.optimizer(config), learning_rate)
+    tx = {"generator": optimizer, "discriminator": optimizer}
+    frozen = parallel.put_tree(load_frozen(config), mesh)
+
+    # State: restored, or born sharded
+    init = vqgan_step.make_init(model, tx, ema=config.ema_decay > 0)
+    with setup.open_checkpoints(config, path) as checkpoints, jax.set_mesh(mesh):
+        state, start = setup.restore_or_init(checkpoints, init, mesh, config, load_initial)
+        write_run_record(path, config)
+        if not start:
+            print(parameter_overview.get_parameter_overview(state.params, include_stats=False), flush=True)
+
+        # Step
+        step = vqgan_step.make_step(
+            model, objective, LPIPS(), tx, ema_decay=config.ema_decay, accumulation=config.accumulation
+        )
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step_fn(state: TrainState, batch: Any, frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+            rate = learning_rate(state.step)
+            state, metrics = step(state, batch, frozen)
+            return state, metrics | {"learning_rate": rate}
+
+        # Evaluations and pictures
+        score = reconstruction_scorer(model, mesh, config.batch_size)
+        batches = functools.partial(setup.evaluation_batches, config.batch_size, mesh, data.val, data.val_transform)
+        reconstruct = jax.jit(lambda variables, x: model.apply(variables, x).reconstruction)
+        shown = shown_batch(config, mesh, data)
+
+        def variables(state: TrainState) -> dict[str, Any]:
+            params = state.ema.get("generator", state.params["generator"])
+            return {"params": params, **state.collections["generator"]}
+
+        def evaluate(state: TrainState, step: int) -> Mapping[str, float]:
+            return score(variables(state), batches(config.eval_examples))
+
+        def draw(state: TrainState, step: int) -> Mapping[str, np.ndarray]:
+            x = model_input(model_config, shown)
+            pictures = np.stack([as_picture(parallel.to_host(x)), as_picture(parallel.to_host(reconstruct(variables(state), x)))], 1)
+            pictures = pictures[: config.images_shown].reshape(-1, *pictures.shape[2:])
+            return {"reconstructions": images.grid(pictures, columns=8)}
+
+        # Loop
+        with open_writer(path, resume_step=start, hand_to_clu=config.hand_to_clu) as writer:
+            return loop.train(
+                state,
+                step_fn=lambda state, batch: step_fn(state, batch, frozen),
+                batches=setup.training_batches(config, mesh, data.train, data.train_transform, start),
+                schedule=durations.schedule(config),
+                checkpoints=checkpoints,
+                writer=writer,
+                record=setup.make_record(config, "vqgan"),
+                start_step=start,
+                workdir=path,
+                nonfinite_budget=config.nonfinite_budget,
+                examples_per_step=config.batch_size,
+                evaluate=evaluate,
+                draw=draw,
+                headline=("nll", "codebook_perplexity"),
+                profile=setup.profile_range(config),
+            )
+
+
+def load_frozen(config: ConfigDict) -> dict[str, Any]:
+    """LPIPS's variables, where the objective uses it."""
+    if not config.loss.perceptual_weight or config.loss.reconstruction == "bce":
+        return {}
+    vgg = weights.fetch("vgg16", config.lpips.vgg or None, flag="--config.lpips.vgg")
+    heads = weights.fetch("lpips_vgg", config.lpips.heads or None, flag="--config.lpips.heads")
+    return {"lpips": pretrained.load_lpips(vgg, heads)}
+
+
+def load_initial(path: str) -> dict[str, Any]:
+    """Parameters of another VQGAN run, for `config.init_from`."""
+    trained = pretrained.load_trained(path, key="config.init_from", kind="vqgan")
+    return {"params": {**trained.params, **trained.ema}, "collections": trained.collections}
+
+
+def shown_batch(config: ConfigDict, mesh: Any, data: setup.Data) -> dict[str, jax.Array]:
+    """The held-out examples that the pictures show."""
+    batch = -(-config.images_shown // mesh.size) * mesh.size
+    rows = next(iter(setup.evaluation_batches(batch, mesh, data.val, data.val_transform, batch)))
+    return parallel.put_batch(rows, mesh, batch)
+
+
+def as_picture(x: np.ndarray) -> np.ndarray:
+    """uint8 [n, h, w, 3 or 1] of what the model sees or makes; label scores as grey levels of the likeliest label."""
+    if x.shape[-1] > 3:
+        return np.rint(x.argmax(-1)[..., None] * (255 / (x.shape[-1] - 1))).astype(np.uint8)
+    return images.to_uint8(x)
+
+
+if __name__ == "__main__":
+    cli.define_training_flags()
+    cli.run(lambda: train(FLAGS.config, FLAGS.workdir), required=("config", "workdir"))

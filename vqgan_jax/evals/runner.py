@@ -1,0 +1,98 @@
+"""Scores a data set: loops over padded batches on all devices and hosts and accumulates clu metrics."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from vqgan_jax import losses, parallel
+from vqgan_jax.evals.codes import NLLMetrics
+from vqgan_jax.evals.pixels import ReconstructionMetrics
+from vqgan_jax.models.vqgan import VQGAN, model_input
+from vqgan_jax.transformer import ImageTransformer
+
+Batches = Iterable[Mapping[str, np.ndarray]]
+Tree = Any
+
+
+def reconstruction_scorer(model: VQGAN, mesh: Mesh, batch: int) -> Callable[[Tree, Batches], dict[str, float]]:
+    """Returns `score(variables, batches)`: PSNR, SSIM, L1, codebook usage and perplexity of pictures in uint8; for a
+    segmentation `bce` and `accuracy`, the share of pixels whose likeliest label is right."""
+    size = model.config.quantizer.codebook_size
+    segmentation = model.config.input_key == "segmentation"
+
+    @jax.jit
+    def step(variables: Tree, batch: Mapping[str, jax.Array]) -> Any:
+        images = model_input(model.config, batch)
+        output = model.apply(variables, images)
+        if segmentation:
+            right = jnp.mean(output.reconstruction.argmax(-1) == images.argmax(-1), axis=(1, 2))
+            bce = jax.vmap(losses.binary_cross_entropy)(output.reconstruction, images)
+            valid = batch["valid"]
+            return {name: jnp.sum(jnp.where(valid, x, 0)) for name, x in (("accuracy", right), ("bce", bce))} | {
+                "images": valid.sum()
+            }
+        return ReconstructionMetrics.single_from_model_output(
+            image=images,
+            reconstruction=output.reconstruction,
+            codes=output.ids,
+            codebook_size=size,
+            valid=batch["valid"],
+        )
+
+    def score(variables: Tree, batches: Batches) -> dict[str, float]:
+        results = _collect(lambda rows: step(variables, rows), batches, mesh, batch)
+        if not segmentation:
+            return _merge(results)
+        sums = jax.tree.map(lambda *x: float(sum(x)), *results)
+        return {name: value / sums["images"] for name, value in sums.items() if name != "images"}
+
+    return score
+
+
+def likelihood_scorer(
+    model: ImageTransformer, mesh: Mesh, batch: int
+) -> Callable[[Tree, Tree, Batches], dict[str, float]]:
+    """Returns `score(params, frozen, batches)`: `nll` in nats a token, `bits`, `accuracy`, number of tokens."""
+
+    @jax.jit
+    def step(params: Tree, frozen: Tree, batch: Mapping[str, jax.Array]) -> NLLMetrics:
+        codes = model.codes(frozen, batch)
+        logits = model.logits(params, model.condition.tokens(frozen, batch), codes)
+        return NLLMetrics.single_from_model_output(logits=logits, targets=codes, valid=batch["valid"])
+
+    def score(params: Tree, frozen: Tree, batches: Batches) -> dict[str, float]:
+        return _merge(_collect(lambda rows: step(params, frozen, rows), batches, mesh, batch))
+
+    return score
+
+
+def encode_all(model: ImageTransformer, frozen: Tree, batches: Batches, mesh: Mesh, batch: int, what: str) -> Tree:
+    """Codes of a whole data set, in order, on every host: {"codes/image": int32 [n, h, w], and `label` where there is
+    one}. Reading errors are left out, so that rows keep together."""
+
+    @jax.jit
+    def step(frozen: Tree, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        ids = model.to_grid(model.codes(frozen, batch))
+        return {"codes/image": ids, **{name: batch[name] for name in ("label", "valid") if name in batch}}
+
+    rows = _collect(lambda rows: step(frozen, rows), tqdm(batches, desc=what, unit="batch", delay=2), mesh, batch)
+    together = {name: np.concatenate([parallel.to_host(r[name]) for r in rows]) for name in rows[0]}
+    valid = together.pop("valid")
+    return {name: values[valid] for name, values in together.items()}
+
+
+def _collect(step: Callable[[Any], Any], batches: Batches, mesh: Mesh, batch: int) -> list[Any]:
+    with jax.set_mesh(mesh):
+        return [step(parallel.put_batch(rows, mesh, batch)) for rows in batches]
+
+
+def _merge(results: list[Any]) -> dict[str, float]:
+    total = results[0]
+    for result in results[1:]:
+        total = total.merge(result)
+    return {name: float(value) for name, value in total.compute().items()}
