@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 
 def from_uint8(pixels: np.ndarray) -> np.ndarray:
@@ -32,6 +32,19 @@ def grid(pixels: np.ndarray, columns: int | None = None, pad: int = 2) -> np.nda
         y, x = k // columns * (h + pad), k % columns * (w + pad)
         sheet[y : y + h, x : x + w] = picture if c == 3 else picture[..., :1]
     return sheet
+
+
+def labelled_rows(rows: dict[str, np.ndarray], pad: int = 2) -> np.ndarray:
+    """Rows of uint8 pictures [n, h, w, c], each row under its name: one picture [., ., 3]."""
+    sheets = []
+    for name, pictures in rows.items():
+        sheet = grid(pictures, columns=len(pictures), pad=pad)
+        strip = Image.new("RGB", (sheet.shape[1], 14), "white")
+        ImageDraw.Draw(strip).text((2, 1), name, fill="black")
+        sheets += [np.asarray(strip), sheet]
+    width = max(sheet.shape[1] for sheet in sheets)
+    padded = [np.pad(x, ((0, pad), (0, width - x.shape[1]), (0, 0)), constant_values=255) for x in sheets]
+    return np.concatenate(padded)
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:

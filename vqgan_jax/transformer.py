@@ -101,6 +101,15 @@ class ImageTransformer:
             attention_dropout=a.attention_dropout,
         )
 
+    def check_size(self, image_size: int) -> None:
+        """Raises UserError unless pictures of this size have the grid's codes."""
+        side = image_size // self.first_stage.factor
+        if self.config.grid != (side, side):
+            raise UserError(
+                f"config.model.grid: {self.config.grid}, but {image_size} pixels at factor {self.first_stage.factor} "
+                f"give {(side, side)}; set it, or config.data.image_size"
+            )
+
     @property
     def attend(self) -> str:
         return "prefix" if self.config.transformer.prefix else "causal"

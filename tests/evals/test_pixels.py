@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vqgan_jax.config import UserError
 from vqgan_jax.evals import pixels
 from vqgan_jax.evals.pixels import ReconstructionMetrics
 from vqgan_jax.images import from_uint8, to_uint8
@@ -61,7 +62,7 @@ def test_equal_images_score_perfectly(golden):
 
 
 def test_ssim_needs_room_for_its_window():
-    with pytest.raises(ValueError, match="10x16"):
+    with pytest.raises(UserError, match="10x16"):
         pixels.ssim(jnp.zeros((1, 10, 16, 3)), jnp.zeros((1, 10, 16, 3)))
 
 
@@ -117,7 +118,7 @@ def test_one_exact_image_does_not_carry_the_mean_away():
 
 
 def test_no_real_image_is_an_error():
-    with pytest.raises(ValueError, match="no image"):
+    with pytest.raises(UserError, match="no image"):
         _score({**_batch(2), "valid": np.zeros(2, bool)}).compute()
-    with pytest.raises(ValueError, match="no image"):
+    with pytest.raises(UserError, match="no image"):
         ReconstructionMetrics.empty().compute()

@@ -11,6 +11,7 @@ import numpy as np
 from clu import metrics
 
 from vqgan_jax import losses
+from vqgan_jax.config import UserError
 
 
 @flax.struct.dataclass
@@ -36,11 +37,11 @@ class PerImage(metrics.Metric):
         return type(self)(values=self.values + other.values, masks=self.masks + other.masks)
 
     def compute(self) -> np.ndarray:
-        """The values of the real images, float64 [n]. Raises ValueError where there was none."""
+        """The values of the real images, float64 [n]. Raises UserError where there was none."""
         values, masks = jax.device_get((self.values, self.masks))
         kept = [np.asarray(value, np.float64)[mask] for value, mask in zip(values, masks, strict=True)]
         if not sum(map(len, kept)):
-            raise ValueError("no image was scored: the data set is empty or every row is padding")
+            raise UserError("no image was scored: the data set is empty or every row is padding")
         return np.concatenate(kept)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics
 
+from vqgan_jax.config import UserError
 from vqgan_jax.evals.codes import CodeCounts, PerImage, entropy, mean_and_error
 from vqgan_jax.images import from_uint8
 
@@ -42,11 +43,11 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     [0, 1], since the luminance term depends on where zero lies.
 
     Raises:
-      ValueError: images smaller than the window.
+      UserError: images smaller than the window.
     """
     _, h, w, _ = a.shape
     if min(h, w) < _SSIM_WINDOW:
-        raise ValueError(f"SSIM needs images of at least {_SSIM_WINDOW} pixels a side, got {h}x{w}")
+        raise UserError(f"images of {h}x{w} cannot be scored: SSIM needs at least {_SSIM_WINDOW} pixels a side")
     rows, columns = _window_matrix(h), _window_matrix(w)
 
     def blur(x: jax.Array) -> jax.Array:
@@ -94,7 +95,7 @@ class ReconstructionMetrics(metrics.Collection):
           valid: bool [b], False at padding.
 
         Raises:
-          ValueError: images smaller than SSIM's window of 11 pixels.
+          UserError: images smaller than SSIM's window of 11 pixels.
         """
         a, b = through_uint8(image), through_uint8(reconstruction)
         return super().single_from_model_output(

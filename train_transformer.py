@@ -1,0 +1,159 @@
+"""Stage 2: train a transformer on the codes of a trained VQGAN.
+
+    python train_transformer.py --config=configs/demo_transformer.py --config.vqgan=runs/vqgan --workdir=runs/transformer
+
+Rerun the same command to resume. The workdir holds its own copy of the first stage, so it can be moved; beside it
+checkpoints/ (the best by validation NLL is kept), metrics.jsonl, tensorboard/, images/, config.json and run/.
+"""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from vqgan_jax import cli, images, parallel, pretrained
+from vqgan_jax.config import to_dataclass
+from vqgan_jax.evals.runner import likelihood_scorer
+from vqgan_jax.models.gpt import split_layers
+from vqgan_jax.sampling.decoder import decode
+from vqgan_jax.sampling.strategies import Strategy, row_keys
+from vqgan_jax.train import code_cache, loop, setup, transformer_step
+from vqgan_jax.train.metric_writer import open_writer
+from vqgan_jax.train.optimizers import make_optimizer, make_schedule
+from vqgan_jax.train.run_record import write_run_record
+from vqgan_jax.train.state import TrainState
+from vqgan_jax.transformer import ImageTransformer, TransformerConfig
+
+FLAGS = flags.FLAGS
+
+
+def train(config: ConfigDict, workdir: str) -> TrainState:
+    """Runs the whole story and returns the last state."""
+    path = cli.check_workdir(workdir)
+
+    # Mesh
+    mesh = parallel.make_mesh(config.mesh)
+    setup.check_batch(config, mesh)
+
+    # Model: the workdir's own copies of the frozen stages, and the transformer
+    setup.check_same_model(config, path)
+    model_config = TransformerConfig.from_config(config.model)
+    dtype = setup.dtype_of(config)
+    stages = pretrained.adopt_stages(config, path, dtype)
+    model = ImageTransformer(model_config, stages.first, stages.cond, dtype, config.remat)
+    frozen = parallel.put_tree(stages.frozen, mesh)
+
+    # Data: pictures, or codes made of them once
+    keys = (stages.first.config.input_key, *model.condition.keys)
+    data = setup.open_data(config, keys, factor=stages.first.factor, classes=model.condition.vocab_size)
+    model.check_size(config.data.image_size)
+    batches = functools.partial(setup.evaluation_batches, config.batch_size, mesh)
+    if config.cache_codes:
+        encode = functools.partial(code_cache.encode_source, model, frozen, mesh, config.batch_size)
+        train_rows = code_cache.open_cache(path / "codes.npz", config, stages.digest, lambda: encode(data))
+        train_transform = code_cache.as_is
+    else:
+        train_rows, train_transform = data.train, data.train_transform
+    durations = setup.Durations(config, len(train_rows))
+
+    # Objective and optimizer
+    objective = to_dataclass(transformer_step.TransformerObjective, config.loss, key="config.loss")
+    learning_rate = make_schedule(durations.optimizer(config), durations.total, config.batch_size)
+    tx = make_optimizer(durations.optimizer(config), learning_rate)
+
+    # State: restored, or born sharded
+    init = transformer_step.make_init(model, tx, ema=config.ema_decay > 0)
+    with setup.open_checkpoints(config, path) as checkpoints, jax.set_mesh(mesh):
+        state, start = setup.restore_or_init(checkpoints, init, mesh, config, load_initial)
+        write_run_record(path, config)
+        if not start:
+            print(parameter_overview.get_parameter_overview(state.params, include_stats=False), flush=True)
+
+        # Step
+        step = transformer_step.make_step(
+            model, objective, tx, ema_decay=config.ema_decay, accumulation=config.accumulation
+        )
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step_fn(state: TrainState, batch: Any, frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+            rate = learning_rate(state.step)
+            state, metrics = step(state, batch, frozen)
+            return state, metrics | {"learning_rate": rate}
+
+        # Evaluations and pictures
+        score = likelihood_scorer(model, mesh, config.batch_size)
+        pictures = picture_maker(model, config, next(iter(batches(data.val, data.val_transform, config.batch_size))), mesh)
+
+        def params(state: TrainState) -> Any:
+            return state.ema.get("transformer", state.params["transformer"])
+
+        def evaluate(state: TrainState, step: int) -> Mapping[str, float]:
+            return score(params(state), frozen, batches(data.val, data.val_transform, config.eval_examples))
+
+        def draw(state: TrainState, step: int) -> Mapping[str, np.ndarray]:
+            return pictures(params(state), frozen, step)
+
+        # Loop
+        with open_writer(path, resume_step=start, hand_to_clu=config.hand_to_clu) as writer:
+            return loop.train(
+                state,
+                step_fn=lambda state, batch: step_fn(state, batch, frozen),
+                batches=setup.training_batches(config, mesh, train_rows, train_transform, start),
+                schedule=durations.schedule(config),
+                checkpoints=checkpoints,
+                writer=writer,
+                record=setup.make_record(config, "transformer", stages=stages.digest, classes=list(data.train.classes)),
+                start_step=start,
+                workdir=path,
+                nonfinite_budget=config.nonfinite_budget,
+                examples_per_step=config.batch_size,
+                units={"tokens/s": config.batch_size * len(model.order)},
+                evaluate=evaluate,
+                draw=draw,
+                headline=("nll", "accuracy"),
+                profile=setup.profile_range(config),
+            )
+
+
+def picture_maker(model: ImageTransformer, config: ConfigDict, rows: Mapping[str, np.ndarray], mesh: Any) -> Any:
+    """Returns `draw(params, frozen, step)`: samples under the conditions of held-out examples, completions of their
+    upper halves, and their reconstructions."""
+    n = min(config.images_shown, config.batch_size)
+    batch = parallel.put_batch(rows, mesh, config.batch_size)
+    strategy = Strategy(**config.sampling)
+
+    @jax.jit
+    def run(params: Any, frozen: Any, batch: Any, step: jax.Array) -> dict[str, jax.Array]:
+        batch = {name: x[:n] for name, x in batch.items()}
+        codes, condition = model.codes(frozen, batch), model.condition.tokens(frozen, batch)
+        apply, empty = model.decoder(split_layers(params))
+        upper = jnp.arange(codes.shape[1]) < codes.shape[1] // 2
+        given = (codes, jnp.broadcast_to(upper, codes.shape))
+        sample = functools.partial(decode, apply, empty, model.layout.condition(condition), codes.shape[1])
+        keys = row_keys(step, jnp.arange(n))
+        grids = {"samples": sample(keys, strategy), "completions": sample(keys, strategy, given), "reconstructions": codes}
+        return {name: model.decode(frozen, model.to_grid(ids)) for name, ids in grids.items()}
+
+    def draw(params: Any, frozen: Any, step: int) -> dict[str, np.ndarray]:
+        made = run(params, frozen, batch, jnp.asarray(step))
+        return {name: images.grid(images.to_uint8(parallel.to_host(x))) for name, x in made.items()}
+
+    return draw
+
+
+def load_initial(path: str) -> dict[str, Any]:
+    """Parameters of another transformer run, for `config.init_from`."""
+    trained = pretrained.load_trained(Path(path), key="config.init_from", kind="transformer")
+    return {"params": {**trained.params, **trained.ema}, "collections": trained.collections}
+
+
+if __name__ == "__main__":
+    cli.define_training_flags()
+    cli.run(lambda: train(FLAGS.config, FLAGS.workdir), required=("config", "workdir"))
