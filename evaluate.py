@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from vqgan_jax import cli, images, parallel, pretrained
-from vqgan_jax.config import UserError, choose
+from vqgan_jax.config import UserError
 from vqgan_jax.evals.classifier import class_agreement, train_classifier
 from vqgan_jax.evals.codes import histogram_entropy, table_nll
 from vqgan_jax.evals.runner import encode_all, likelihood_scorer, reconstruction_scorer
@@ -38,7 +38,7 @@ flags.DEFINE_integer("examples", 0, "Held-out images to score; 0 = all.", lower_
 flags.DEFINE_integer("samples", 256, "Images to sample for the class agreement; 0 = none.", lower_bound=0)
 flags.DEFINE_integer("seed", 0, "Of the samples and the classifier.")
 
-CLASSIFIER_IMAGES, CLASSIFIER_STEPS = 4096, 400
+CLASSIFIER_IMAGES, CLASSIFIER_STEPS = 4096, 200
 
 
 def evaluate(workdir: str, out: str, *, batch: int, examples: int, samples: int, seed: int) -> dict[str, Any]:

@@ -7,8 +7,6 @@ Writes one PNG an image, samples.npz (arr_0: uint8 [n, h, w, 3], and `label` whe
 beyond the trained one is made with the sliding window. The same seed gives image number i whatever the batch size.
 """
 
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
@@ -94,7 +92,9 @@ def choose_labels(keys: tuple[str, ...], count: int, names: list[str], asked: li
     """One label a sample, int32 [number]: the classes asked for in turn, or all of them."""
     if "label" not in keys:
         if keys:
-            raise UserError(f"--workdir: this model needs a condition ({', '.join(keys)}), which sample.py cannot give it yet")
+            raise UserError(
+                f"--workdir: this model needs a condition ({', '.join(keys)}), which sample.py cannot give it yet"
+            )
         if asked:
             raise UserError("--classes: this model is unconditional")
         return np.zeros(number, np.int32)

@@ -1,6 +1,6 @@
 """Stage 2: train a transformer on the codes of a trained VQGAN.
 
-    python train_transformer.py --config=configs/demo_transformer.py --config.vqgan=runs/vqgan --workdir=runs/transformer
+    python train_transformer.py --config=configs/demo_transformer.py --config.vqgan=runs/vqgan --workdir=runs/gpt
 
 Rerun the same command to resume. The workdir holds its own copy of the first stage, so it can be moved; beside it
 checkpoints/ (the best by validation NLL is kept), metrics.jsonl, tensorboard/, images/, config.json and run/.
@@ -89,7 +89,9 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
 
         # Evaluations and pictures
         score = likelihood_scorer(model, mesh, config.batch_size)
-        pictures = picture_maker(model, config, next(iter(batches(data.val, data.val_transform, config.batch_size))), mesh)
+        pictures = picture_maker(
+            model, config, next(iter(batches(data.val, data.val_transform, config.batch_size))), mesh
+        )
 
         def params(state: TrainState) -> Any:
             return state.ema.get("transformer", state.params["transformer"])
@@ -138,7 +140,11 @@ def picture_maker(model: ImageTransformer, config: ConfigDict, rows: Mapping[str
         given = (codes, jnp.broadcast_to(upper, codes.shape))
         sample = functools.partial(decode, apply, empty, model.layout.condition(condition), codes.shape[1])
         keys = row_keys(step, jnp.arange(n))
-        grids = {"samples": sample(keys, strategy), "completions": sample(keys, strategy, given), "reconstructions": codes}
+        grids = {
+            "samples": sample(keys, strategy),
+            "completions": sample(keys, strategy, given),
+            "reconstructions": codes,
+        }
         return {name: model.decode(frozen, model.to_grid(ids)) for name, ids in grids.items()}
 
     def draw(params: Any, frozen: Any, step: int) -> dict[str, np.ndarray]:

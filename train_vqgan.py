@@ -90,7 +90,9 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
 
         def draw(state: TrainState, step: int) -> Mapping[str, np.ndarray]:
             x = model_input(model_config, shown)
-            pictures = np.stack([as_picture(parallel.to_host(x)), as_picture(parallel.to_host(reconstruct(variables(state), x)))], 1)
+            pictures = np.stack(
+                [as_picture(parallel.to_host(x)), as_picture(parallel.to_host(reconstruct(variables(state), x)))], 1
+            )
             pictures = pictures[: config.images_shown].reshape(-1, *pictures.shape[2:])
             return {"reconstructions": images.grid(pictures, columns=8)}
 

@@ -128,9 +128,7 @@ def vq(codebook_size: int, dim: int) -> ConfigDict:
 def ema(codebook_size: int, dim: int) -> ConfigDict:
     """Nearest code by running means, dead codes restarted."""
     return ConfigDict(
-        dict(
-            name="ema", codebook_size=codebook_size, dim=dim, commitment_weight=0.25, decay=0.97, restart_below=0.1
-        )
+        dict(name="ema", codebook_size=codebook_size, dim=dim, commitment_weight=0.25, decay=0.97, restart_below=0.1)
     )
 
 

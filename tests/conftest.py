@@ -4,4 +4,5 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "0"  # as in cli.run
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

@@ -54,6 +54,8 @@ def run(main: Callable[[], None], *, required: Sequence[str]) -> None:
         return rest
 
     def guarded(_: Sequence[str]) -> None:
+        # On several simulated devices, programs that run at once can wait for each other's collectives for ever.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         for name in ("orbax", "jax", "absl"):
             std_logging.getLogger(name).setLevel(std_logging.WARNING)
         try:
@@ -83,7 +85,9 @@ def check_workdir(workdir: str) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror or error}); name another folder") from None
+        raise UserError(
+            f"--workdir={workdir}: cannot be written ({error.strerror or error}); name another folder"
+        ) from None
     return path
 
 

@@ -167,6 +167,6 @@ def upgrade(record: dict[str, Any]) -> dict[str, Any]:
     version = record["format_version"]
     if version > FORMAT_VERSION:
         raise UserError(
-            f"the checkpoint has format {version}, this version of vqgan_jax knows {FORMAT_VERSION}: install a newer one"
+            f"the checkpoint has format {version}, this vqgan_jax knows {FORMAT_VERSION}: install a newer one"
         )
     return record

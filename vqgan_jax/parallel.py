@@ -44,13 +44,14 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     devices = jax.devices() if devices is None else devices
     shape = [sizes[name] for name in MESH_AXES]
     known = math.prod(s for s in shape if s != -1)
+    asked = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, shape, strict=True))
     if shape.count(-1) > 1 or any(s == 0 or s < -1 for s in shape):
-        raise UserError(f"config.mesh: sizes are positive and at most one is -1, got {dict(zip(MESH_AXES, shape))}")
+        raise UserError(f"config.mesh: sizes are positive and at most one is -1, got {asked}")
     if -1 in shape and len(devices) % known == 0:
         shape[shape.index(-1)] = len(devices) // known
     if math.prod(shape) != len(devices):
         raise UserError(
-            f"config.mesh: {dict(zip(MESH_AXES, shape))} does not fit {len(devices)} devices; "
+            f"config.mesh: {asked} does not fit {len(devices)} devices; "
             "the product of data, fsdp and tensor must be the number of devices (one may be -1)"
         )
     return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
@@ -76,7 +77,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def host_rows(mesh: Mesh, batch: int) -> np.ndarray:
     """Rows of a global batch that this host's devices hold, ascending: int64 [rows].
 
-    Not a function of the process index: hosts that share a data shard (a `tensor` axis across hosts) load the same rows.
+    Not a function of the process index: hosts that share a data shard (`tensor` across hosts) load the same rows.
     """
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch,))
     return np.unique(np.concatenate([np.arange(batch)[index] for index in indices.values()]))
@@ -143,7 +144,7 @@ def state_shardings(abstract: Any, mesh: Mesh) -> Any:
 
 
 def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
-    """Runs `init(*args)` in one jit whose outputs are born sharded and unboxed; no array is ever whole on one device."""
+    """Runs `init(*args)` in one jit whose outputs are born sharded, and unboxed."""
     shardings = state_shardings(jax.eval_shape(init, *args), mesh)
     with jax.set_mesh(mesh):
         return jax.jit(lambda *a: nn.unbox(init(*a)), out_shardings=shardings)(*args)

@@ -176,7 +176,9 @@ class TrainedTransformer:
         return split_layers(jax.tree.map(jnp.asarray, self.params))
 
 
-def open_transformer(workdir: str | Path, *, key: str, best: bool = True, dtype: Any = jnp.float32) -> TrainedTransformer:
+def open_transformer(
+    workdir: str | Path, *, key: str, best: bool = True, dtype: Any = jnp.float32
+) -> TrainedTransformer:
     """Opens a stage-2 workdir for sampling and scoring, by default its best checkpoint."""
     workdir = Path(workdir)
     trained = load_trained(workdir, key=key, kind="transformer", best=best)

@@ -87,7 +87,9 @@ class ImageTransformer:
         a = self.config.transformer
         needed = self.condition.length + len(self.order) - 1
         if a.block_size and a.block_size < needed:
-            raise UserError(f"config.model.transformer.block_size: {a.block_size} positions, the sequence needs {needed}")
+            raise UserError(
+                f"config.model.transformer.block_size: {a.block_size} positions, the sequence needs {needed}"
+            )
         return GPTConfig(
             vocab_size=self.layout.vocab_size,
             head_size=self.layout.head_size,
@@ -182,7 +184,9 @@ class ImageTransformer:
 
         return apply, lambda batch: init_cache(self.gpt, batch, self.gpt.block_size, self.dtype)
 
-    def window_logits(self, split_params: Tree, condition_bt: jax.Array, window_bt: jax.Array, at: jax.Array) -> jax.Array:
+    def window_logits(
+        self, split_params: Tree, condition_bt: jax.Array, window_bt: jax.Array, at: jax.Array
+    ) -> jax.Array:
         """Logits [b, v] of the window's token number `at`, from the tokens before it; the rest may be anything."""
         ids = self.layout.join(condition_bt, window_bt)[:, :-1]
         logits, _ = GPT(self.gpt, self.dtype, scan_layers=False).apply(

@@ -34,7 +34,7 @@ def test_nll_metrics_on_padded_batches_equal_the_definition():
     expected = {
         "nll": nll.mean(),
         "nll_stderr": nll.mean(1).std(ddof=1) / np.sqrt(10),
-        "bits_per_token": nll.mean() / np.log(2),
+        "bits": nll.mean() / np.log(2),
         "accuracy": (logits.argmax(-1) == targets).mean(),
         "tokens": 50,
     }

@@ -103,8 +103,9 @@ def test_padding_and_batch_size_change_nothing():
 def test_eight_devices_equal_one():
     batch = _padded(_batch(13), 16)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-    spread = jax.jit(_score, out_shardings=everywhere)(jax.device_put(batch, rows))
+    with jax.set_mesh(mesh):
+        spread = _score(jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data"))))
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(spread))  # else a host could read its rows alone
     assert spread.compute() == pytest.approx(_score(batch).compute(), rel=1e-5)
 
 

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tests import reference as ref
 from vqgan_jax import losses

@@ -1,7 +1,6 @@
 """The logs of a run that was stopped and resumed read like those of one that never was."""
 
 import json
-import logging
 import os
 import sys
 import types
@@ -120,12 +119,6 @@ def test_pictures_of_another_kind_are_refused(tmp_path, pictures):
     with open_writer(tmp_path, resume_step=0) as writer:
         with pytest.raises(ValueError, match="bad: takes uint8"):
             writer.write_images(1, {"bad": pictures})
-
-
-def test_console_line(tmp_path, caplog):
-    with caplog.at_level(logging.INFO), open_writer(tmp_path, resume_step=0) as writer:
-        writer.write_scalars(12, {"loss": 0.123456789, "lr": 1e-4})
-    assert "step 12: loss=0.12346, lr=0.0001" in [r.getMessage() for r in caplog.records]
 
 
 def test_hands_on_to_clu_where_it_imports(tmp_path, monkeypatch, caplog):

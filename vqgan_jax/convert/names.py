@@ -114,7 +114,7 @@ VGG_LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # torch
 
 
 def lpips_key(path: str, prefix: str = "") -> Key:
-    """One of LPIPS's parameters, by the names of the reference's own file ("net.slice1.0.weight", "lin0.model.1.weight")."""
+    """One of LPIPS's parameters, by the reference's names ("net.slice1.0.weight", "lin0.model.1.weight")."""
     if match := re.fullmatch(r"linear_(\d)", path):
         return Key(f"{prefix}lin{match[1]}.model.1.weight", "channel")
     stage, k, leaf = re.fullmatch(r"stage_(\d)_conv_(\d)/(\w+)", path).groups()
@@ -183,7 +183,9 @@ def _read(tensors: Mapping[str, np.ndarray], key: Key, shape: tuple[int, ...], w
     except ValueError as error:
         raise UserError(f"{what}: '{key.name}' has {error}") from None
     if ours.shape != tuple(shape):
-        raise UserError(f"{what}: '{key.name}' has shape {array.shape}, which gives {ours.shape}; {tuple(shape)} belongs")
+        raise UserError(
+            f"{what}: '{key.name}' has shape {array.shape}, which gives {ours.shape}; {tuple(shape)} belongs"
+        )
     return np.ascontiguousarray(ours, np.float32)
 
 

@@ -133,7 +133,9 @@ class _Canvas:
             rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
             if rows.size:
                 top, left, bottom, right = rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
-                boxes.append((left / self.width, top / self.height, (right - left) / self.width, (bottom - top) / self.height))
+                boxes.append(
+                    (left / self.width, top / self.height, (right - left) / self.width, (bottom - top) / self.height)
+                )
                 box_classes.append(BOX_CLASSES.index(kind))
         return {
             "segmentation": codes[self.things],
@@ -171,7 +173,9 @@ def _paint_sky(canvas: _Canvas, rng: np.random.Generator, time: str, colours: Pa
         window = canvas.window(x, y, radius, radius, radius)
         coverage = canvas.cover(radius - np.sqrt(squared[window]))
         if time == "night":  # a crescent: the shadow is a second disc
-            shadow = np.hypot(canvas.x[:, window[1]] - x - phase * radius, canvas.y[window[0]] - y + 0.4 * phase * radius)
+            shadow = np.hypot(
+                canvas.x[:, window[1]] - x - phase * radius, canvas.y[window[0]] - y + 0.4 * phase * radius
+            )
             coverage *= 1 - canvas.cover(radius - shadow)
         canvas.paint(canvas.add("moon" if time == "night" else "sun"), coverage, colours.orb, 1.0, window)
     for _ in range(max(1, round(rng.integers(2, 5) * canvas.aspect))):
@@ -185,7 +189,13 @@ def _paint_sky(canvas: _Canvas, rng: np.random.Generator, time: str, colours: Pa
         tall = (0.2 + 0.16 * puffs[1]) * (1.25 - across**2)
         heap = np.exp(-(((v + 0.5 * tall) / tall) ** 2)) @ np.exp(-(((u.T - across) / 0.3) ** 2)).T
         coverage = 0.9 * np.clip((heap - 0.45) * 2.5, 0, 1) * np.clip((0.22 - v) * 5, 0, 1)
-        canvas.paint(canvas.add("cloud"), coverage, _mix(colours.cloud, colours.cloud_shade, np.clip(0.6 + 1.6 * v, 0, 1)), 0.95, window)
+        canvas.paint(
+            canvas.add("cloud"),
+            coverage,
+            _mix(colours.cloud, colours.cloud_shade, np.clip(0.6 + 1.6 * v, 0, 1)),
+            0.95,
+            window,
+        )
 
 
 def _paint_ridge(canvas: _Canvas, kind: str, profile: _Profile, colours: tuple, depth: float, snow: np.ndarray | None):
@@ -197,7 +207,11 @@ def _paint_ridge(canvas: _Canvas, kind: str, profile: _Profile, colours: tuple, 
     body = _mix(colour, haze, np.clip(below * 2.2, 0, 0.75)) * (1 + np.clip(slope * 4, -0.12, 0.12))
     if snow is not None:
         line = top.min() + 0.07 + 0.05 * np.abs(canvas.x * 14 % 2 - 1)
-        body += canvas.cover((line - canvas.y) / 3) * 0.8 * (snow[:, None, None] * (1 + np.clip(slope * 4, -0.12, 0.04)) - body)
+        body += (
+            canvas.cover((line - canvas.y) / 3)
+            * 0.8
+            * (snow[:, None, None] * (1 + np.clip(slope * 4, -0.12, 0.04)) - body)
+        )
     canvas.paint(canvas.add(kind), canvas.cover(below), body, depth)
 
 
@@ -225,7 +239,9 @@ def _paint_lake(canvas: _Canvas, colours: Palette, level: float, phase: float):
     canvas.paint(canvas.add("lake"), canvas.cover(y - level), body, 0.6 * (1 - near), (slice(first, None), slice(None)))
 
 
-def _paint_tree(canvas: _Canvas, colours: Palette, x: float, foot: float, size: float, conifer: bool, light: float, depth: float):
+def _paint_tree(
+    canvas: _Canvas, colours: Palette, x: float, foot: float, size: float, conifer: bool, light: float, depth: float
+):
     """A tree of height `size` that stands at (x, foot): a trunk under three tiers or under a round crown."""
     window = canvas.window(x, foot, 0.4 * size, size, 0.0)
     u, v = (canvas.x[:, window[1]] - x) / size, (foot - canvas.y[window[0]]) / size  # v: 0 at the foot, 1 at the top
@@ -241,7 +257,9 @@ def _paint_tree(canvas: _Canvas, colours: Palette, x: float, foot: float, size: 
     thing = canvas.add("tree")
     trunk = np.minimum(0.045 - np.abs(u), np.minimum(v, 0.5 - v))
     canvas.paint(thing, canvas.cover(trunk * size), colours.trunk, depth, window)
-    canvas.paint(thing, canvas.cover(crown * size), _mix(colours.leaf_shade, colours.leaf, np.clip(lit, 0, 1)), depth, window)
+    canvas.paint(
+        thing, canvas.cover(crown * size), _mix(colours.leaf_shade, colours.leaf, np.clip(lit, 0, 1)), depth, window
+    )
 
 
 def _paint_house(canvas: _Canvas, colours: Palette, x: float, foot: float, size: float, light: float, depth: float):
@@ -277,7 +295,9 @@ def render(seed: int, index: int, height: int = 64, width: int = 64) -> dict:
     label = int(rng.integers(len(CLASSES)))
     time, ground = CLASSES[label].split("_")
     base = _PALETTES[time]
-    colours = Palette(*np.clip(base * rng.uniform(0.92, 1.08) + rng.uniform(-0.03, 0.03, base.shape).astype(np.float32), 0, 1))
+    colours = Palette(
+        *np.clip(base * rng.uniform(0.92, 1.08) + rng.uniform(-0.03, 0.03, base.shape).astype(np.float32), 0, 1)
+    )
     canvas = _Canvas(height, width)
 
     level = rng.uniform(0.52, 0.6)  # the horizon
@@ -290,7 +310,12 @@ def render(seed: int, index: int, height: int = 64, width: int = 64) -> dict:
 
     # The sun keeps to the far side, where no tall tree stands.
     orb_x = min(rng.uniform(0.14, 0.86, 3) * canvas.aspect, key=nearness)
-    radius = {"noon": rng.uniform(0.07, 0.085), "sunset": rng.uniform(0.085, 0.11), "night": rng.uniform(0.07, 0.09), "winter": 0.0}[time]
+    radius = {
+        "noon": rng.uniform(0.07, 0.085),
+        "sunset": rng.uniform(0.085, 0.11),
+        "night": rng.uniform(0.07, 0.09),
+        "winter": 0.0,
+    }[time]
     skyline = min(far(orb_x)[0], near(orb_x)[0])
     orb_y = skyline - rng.uniform(0, 1) * radius if time == "sunset" else rng.uniform(0.13, 0.2)
     light = 1.0 if orb_x > canvas.aspect / 2 else -1.0

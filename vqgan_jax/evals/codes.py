@@ -12,14 +12,15 @@ from clu import metrics
 
 from vqgan_jax import losses
 from vqgan_jax.config import UserError
+from vqgan_jax.parallel import constrain
 
 
 @flax.struct.dataclass
 class PerImage(metrics.Metric):
     """One number an image, kept apart so that percentiles and standard errors are exact.
 
-    Create it inside jit (with replicated outputs where several processes run) and merge outside: merging only lists
-    the arrays, and nothing is waited for before `compute`.
+    Create it inside jit, under the mesh, so that every host gets the whole of it; merge outside: merging only lists the
+    arrays, and nothing is waited for before `compute`.
     """
 
     values: tuple[jax.Array, ...]
@@ -31,7 +32,7 @@ class PerImage(metrics.Metric):
 
     @classmethod
     def from_model_output(cls, values: jax.Array, mask: jax.Array, **_) -> "PerImage":
-        return cls(values=(values,), masks=(mask,))
+        return cls(values=(constrain(values, None),), masks=(constrain(mask, None),))
 
     def merge(self, other: "PerImage") -> "PerImage":
         return type(self)(values=self.values + other.values, masks=self.masks + other.masks)
@@ -58,7 +59,7 @@ class CodeCounts(metrics.Metric):
     @classmethod
     def from_model_output(cls, codes: jax.Array, codebook_size: int, mask: jax.Array, **_) -> "CodeCounts":
         weights = jnp.broadcast_to(mask.reshape(-1, *[1] * (codes.ndim - 1)), codes.shape).astype(jnp.int32)
-        return cls(counts=jnp.zeros(codebook_size, jnp.int32).at[codes].add(weights))
+        return cls(counts=constrain(jnp.zeros(codebook_size, jnp.int32).at[codes].add(weights), None))
 
     def merge(self, other: "CodeCounts") -> "CodeCounts":
         return type(self)(counts=self.counts + other.counts)
@@ -99,14 +100,14 @@ class NLLMetrics(metrics.Collection):
         )
 
     def compute(self) -> dict[str, float]:
-        """nll (nats a token), nll_stderr (over images), bits_per_token, accuracy in [0, 1], tokens (how many)."""
+        """nll (nats a token), nll_stderr (over images), bits (a token), accuracy in [0, 1], tokens (how many)."""
         sums = super().compute()
         tokens = sums["tokens"].sum()
         nll = sums["nll"].sum() / tokens
         return {
             "nll": float(nll),
             "nll_stderr": mean_and_error("nll", sums["nll"] / sums["tokens"])["nll_stderr"],
-            "bits_per_token": float(nll / math.log(2)),
+            "bits": float(nll / math.log(2)),
             "accuracy": float(sums["correct"].sum() / tokens),
             "tokens": float(tokens),
         }

@@ -1,5 +1,6 @@
 """Scores a data set: loops over padded batches on all devices and hosts and accumulates clu metrics."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from vqgan_jax import losses, parallel
+from vqgan_jax.config import UserError
 from vqgan_jax.evals.codes import NLLMetrics
 from vqgan_jax.evals.pixels import ReconstructionMetrics
 from vqgan_jax.models.vqgan import VQGAN, model_input
@@ -92,7 +94,7 @@ def _collect(step: Callable[[Any], Any], batches: Batches, mesh: Mesh, batch: in
 
 
 def _merge(results: list[Any]) -> dict[str, float]:
-    total = results[0]
-    for result in results[1:]:
-        total = total.merge(result)
+    if not results:
+        raise UserError("the data set has no held-out examples to score")
+    total = functools.reduce(lambda a, b: a.merge(b), results)
     return {name: float(value) for name, value in total.compute().items()}

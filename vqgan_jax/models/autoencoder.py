@@ -1,4 +1,4 @@
-"""Encoder and decoder of the VQGAN (arXiv 2012.09841, Table 7), with an optional strided stem and pixel-shuffle tail."""
+"""Encoder and decoder of the VQGAN (arXiv 2012.09841, Table 7), optionally with a strided stem and tail."""
 
 import dataclasses
 
@@ -7,8 +7,16 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from vqgan_jax.models.layers import AttentionBlock, Conv, Downsample, GroupNorm, ResnetBlock, Upsample, conv2d
-from vqgan_jax.models.layers import pixel_shuffle
+from vqgan_jax.models.layers import (
+    AttentionBlock,
+    Conv,
+    Downsample,
+    GroupNorm,
+    ResnetBlock,
+    Upsample,
+    conv2d,
+    pixel_shuffle,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,7 +108,9 @@ class Block(nn.Module):
         d, f = c.width, 4 * c.width
         drop = nn.Dropout(c.residual_dropout, deterministic=not train)
         x = constrain(x, "batch", "length", "activation")
-        y, cache = Attention(c, self.dtype, name="attention")(layer_norm(self.dtype, "norm1")(x), attend, cache, span, train)
+        y, cache = Attention(c, self.dtype, name="attention")(
+            layer_norm(self.dtype, "norm1")(x), attend, cache, span, train
+        )
         x = x + drop(y)
         y = layer_norm(self.dtype, "norm2")(x)
         up = self.param("mlp_up_kernel", partitioned(_normal, "width", "mlp"), (d, f))
@@ -220,7 +222,7 @@ class GPT(nn.Module):
 
 
 def split_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """Parameters of a scanned GPT (arrays stacked over layers) as those of an unrolled one. Call it once, outside jit."""
+    """Parameters of a scanned GPT (arrays stacked over layers) as those of an unrolled one. Call it once."""
     rest = {name: value for name, value in params.items() if name != "blocks"}
     layers = jax.tree.leaves(params["blocks"])[0].shape[0]
     return rest | {f"block_{i}": jax.tree.map(lambda x: x[i], params["blocks"]) for i in range(layers)}  # noqa: B023

@@ -202,7 +202,7 @@ class EMAVectorQuantizer(nn.Module):
 
 
 class GumbelQuantizer(nn.Module):
-    """Gumbel-softmax relaxation; deterministic (arg max, no noise) in evaluation, where the reference still adds noise."""
+    """Gumbel-softmax; deterministic (arg max, no noise) in evaluation, where the reference still adds noise."""
 
     config: GumbelConfig
 

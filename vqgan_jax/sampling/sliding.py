@@ -1,4 +1,4 @@
-"""Pictures larger than the trained grid: the paper's sliding attention window (arXiv 2012.09841, section 3.2), serial."""
+"""Pictures larger than the trained grid: the sliding attention window (arXiv 2012.09841, section 3.2), serial."""
 
 from collections.abc import Callable
 

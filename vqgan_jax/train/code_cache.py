@@ -51,7 +51,9 @@ def encode_source(model: ImageTransformer, frozen: Tree, mesh: Mesh, batch: int,
     parts = []
     for number, view in enumerate(views, 1):
         batches = evaluation_batches(batch, mesh, data.train, view, 0)
-        parts.append(encode_all(model, frozen, batches, mesh, batch, f"encode the data set, view {number}/{len(views)}"))
+        parts.append(
+            encode_all(model, frozen, batches, mesh, batch, f"encode the data set, view {number}/{len(views)}")
+        )
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go: metrics.jsonl, TensorBoard event files, the log, and CLU where it imports.
+"""Where a run's numbers and pictures go: metrics.jsonl, TensorBoard event files, and CLU where it imports.
 
 The methods carry the names of clu.metric_writers.MetricWriter, whose own writers need TensorFlow. A run that resumes at
 step N cuts its logs back to N, so that they read like those of a run that was never stopped.
@@ -92,7 +92,6 @@ def open_writer(workdir: str | Path, *, resume_step: int, hand_to_clu: bool = Fa
     sinks = [
         _JsonLines(workdir / JSON_LINES, resume_step),
         _TensorBoard(workdir / TENSORBOARD, resume_step),
-        _Console(),
     ]
     if hand_to_clu:
         try:
@@ -120,17 +119,6 @@ class _Silent:
     def flush(self) -> None: ...
 
     def close(self) -> None: ...
-
-
-class _Console(_Silent):
-    """One line of the log a call, at level INFO; the training loop draws its bar around it."""
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        _logger.info("step %d: %s", step, ", ".join(f"{name}={value:.5g}" for name, value in scalars.items()))
-
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        for name, text in texts.items():
-            _logger.info("step %d: %s: %s", step, name, text)
 
 
 class _JsonLines(_Silent):

@@ -86,9 +86,7 @@ class Durations:
     def schedule(self, config: ConfigDict) -> Schedule:
         """The loop's schedule."""
         every = {name: f"{name}_every" for name in ("log", "eval", "save", "images")}
-        log, evaluate, save, images = (
-            self.steps(config[key], f"config.{key}", at_least=1) for key in every.values()
-        )
+        log, evaluate, save, images = (self.steps(config[key], f"config.{key}", at_least=1) for key in every.values())
         return Schedule(self.total, log, evaluate, save, images)
 
     def replace(self, fields: ConfigDict, key: str, names: Sequence[str]) -> dict[str, Any]:
@@ -119,9 +117,7 @@ def training_batches(
     return prefetch_to_device(loaded, lambda rows: parallel.put_batch(rows, mesh, batch))
 
 
-def evaluation_batches(
-    batch: int, mesh: Mesh, source: Source, transform: Callable[..., Any], limit: int
-) -> Evaluation:
+def evaluation_batches(batch: int, mesh: Mesh, source: Source, transform: Callable[..., Any], limit: int) -> Evaluation:
     """Every example of a source once (or `limit` of them, spread out; 0: all), in padded batches of host rows."""
     rows = parallel.host_rows(mesh, batch)
     return evaluation(source, rows=rows, global_batch=batch, transform=transform, limit=limit or None)
@@ -153,7 +149,9 @@ def check_same_model(config: ConfigDict, workdir: Path) -> None:
         return
     theirs = json.loads(recorded.read_text())
     if found := differences(plain(config.model), theirs["model"]):
-        raise UserError(f"--workdir={workdir}: holds another model: config.model.{'; '.join(found)}. Name another folder")
+        raise UserError(
+            f"--workdir={workdir}: holds another model: config.model.{'; '.join(found)}. Name another folder"
+        )
 
 
 def restore_or_init(

@@ -43,7 +43,7 @@ def make_step(
     ema_decay: float,
     accumulation: int = 1,
 ) -> Callable[[TrainState, Mapping[str, jax.Array], Tree], tuple[TrainState, Metrics]]:
-    """Returns the train step. Metrics: `loss` and `nll` in nats a token, `bits`, `accuracy`, gradient norm, `skipped`."""
+    """Returns the step. Metrics: `loss` and `nll` in nats a token, `bits`, `accuracy`, gradient norm, `skipped`."""
 
     def loss_of(params: Tree, condition: jax.Array, codes: jax.Array, inputs: jax.Array, dropout: jax.Array):
         logits = model.logits(params, condition, inputs, train=True, rngs={"dropout": dropout})

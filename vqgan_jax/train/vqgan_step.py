@@ -6,7 +6,7 @@ are taken at the picture, pulled through the last layer alone for the adaptive w
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,9 @@ def make_init(
             params["discriminator"] = variables.pop("params")
             collections["discriminator"] = variables
         opt_state = {name: tx[name].init(params[name]) for name in params}
-        return TrainState.create(root, params, collections, opt_state, {"generator": params["generator"]} if ema else {})
+        return TrainState.create(
+            root, params, collections, opt_state, {"generator": params["generator"]} if ema else {}
+        )
 
     return init
 
@@ -75,8 +77,8 @@ def make_step(
 ) -> Callable[[TrainState, Mapping[str, jax.Array], Tree], tuple[TrainState, Metrics]]:
     """Returns the train step `(state, batch, frozen) -> (state, metrics)`; `frozen["lpips"]` holds LPIPS's variables.
 
-    Metrics: every loss, `adaptive_weight`, `adversarial_factor`, the discriminator's mean logits, `codebook_usage` (share of the codes
-    in this batch), `codebook_perplexity`, gradient norms, `skipped`.
+    Metrics: every loss, `adaptive_weight`, `adversarial_factor`, the discriminator's mean logits, `codebook_usage`
+    (share of the codes that this batch uses), `codebook_perplexity`, gradient norms, `skipped`.
     """
     o, c = objective, model.config
     discriminator = PatchGAN(c.discriminator, model.dtype) if c.discriminator else None
@@ -106,7 +108,7 @@ def make_step(
         return loss, metrics
 
     def generator_pass(params, collections, images, step, rngs, frozen):
-        """Gradients of the generator's whole loss, its reconstruction, updated collections, metrics, restarted codes."""
+        """Gradients of the generator's loss, its reconstruction, updated collections, metrics, restarted codes."""
 
         def forward(generator):
             output, updated = generate(params | {"generator": generator}, collections, images, step, rngs)

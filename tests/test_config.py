@@ -1,0 +1,145 @@
+"""Config arguments, durations, dataclasses from configs, and that every leaf of every config can be overridden."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from vqgan_jax.config import (
+    FORMAT_VERSION,
+    UserError,
+    differences,
+    parse_arg,
+    plain,
+    resolve_steps,
+    to_dataclass,
+    upgrade,
+)
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "common")
+
+
+def load(path: Path, arg: str | None = None) -> ConfigDict:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+def leaves(config: ConfigDict, prefix: str = ""):
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def overridden(value):
+    """Another value of the leaf's type, and how it is written on the command line."""
+    match value:
+        case bool():
+            return not value, str(not value)
+        case int():
+            return value + 1, str(value + 1)
+        case float():
+            return value + 0.5, str(value + 0.5)
+        case str():
+            return "other", "other"
+        case tuple():
+            return (7, 8), "(7, 8)"
+    raise AssertionError(f"a leaf of type {type(value).__name__} cannot be overridden")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("arg", [None, "runlocal"])
+def test_every_leaf_can_be_overridden_from_the_command_line(path, arg, monkeypatch):
+    config = load(path, arg)
+    argv, expected = ["prog", f"--config={path}" + (f":{arg}" if arg else "")], {}
+    for name, value in leaves(config):
+        expected[name], text = overridden(value)
+        argv.append(f"--config.{name}={text}")
+    monkeypatch.setattr("sys.argv", argv)  # where ml_collections looks for overrides
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    values(argv)
+    found = dict(leaves(values.config))
+    assert len(found) > 40
+    assert found == expected
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_configs_docstring_is_its_launch_command(path):
+    assert f"--config=configs/{path.name}" in path.read_text().split('"""')[1]
+
+
+def test_parse_arg():
+    spec = dict(runlocal=False, res=64, name="a")
+    assert parse_arg("runlocal,res=32", **spec).to_dict() == dict(runlocal=True, res=32, name="a")
+    assert parse_arg("b", **spec).name == "b"
+    assert not parse_arg(None, **spec).runlocal
+    with pytest.raises(UserError, match="did you mean 'runlocal'"):
+        parse_arg("runlocl=1", **spec)
+    with pytest.raises(UserError, match="takes a value of type int"):
+        parse_arg("res=x", **spec)
+    with pytest.raises(UserError, match="is a switch"):
+        parse_arg("runlocal=maybe", **spec)
+
+
+@pytest.mark.parametrize(
+    "duration, steps",
+    [(300, 300), ("300", 300), ("300 steps", 300), ("2 epochs", 250), ("1e3 examples", 125), ("10%", 100), ("0", 0)],
+)
+def test_durations(duration, steps):
+    assert resolve_steps(duration, key="k", batch_size=8, examples=1000, total=1000) == steps
+
+
+def test_a_bad_duration_names_its_key():
+    with pytest.raises(UserError, match="config.steps: '3 weeks' is no duration"):
+        resolve_steps("3 weeks", key="config.steps", batch_size=8, examples=1000)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    size: int
+    kind: Literal["a", "b"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    inner: Inner
+    widths: tuple[int, ...]
+    rate: float
+
+
+def test_dataclasses_from_configs():
+    good = dict(inner=dict(size=3, kind="a"), widths=[1, 2], rate=1)
+    assert to_dataclass(Outer, ConfigDict(good), key="c") == Outer(Inner(3, "a"), (1, 2), 1.0)
+    for change, message in (
+        (dict(inner=dict(sise=3, kind="a")), "c.inner: unknown key 'sise', did you mean 'size'"),
+        (dict(inner=dict(size=3)), "c.inner.kind: missing"),
+        (dict(inner=dict(size="3", kind="a")), "c.inner.size: takes a value of type int"),
+        (dict(inner=dict(size=True, kind="a")), "c.inner.size: takes a value of type int"),
+        (dict(inner=dict(size=3, kind="z")), "c.inner.kind: unknown name 'z'"),
+        (dict(widths=3), "c.widths: takes a tuple"),
+        (dict(rate="fast"), "c.rate: takes a value of type float"),
+    ):
+        with pytest.raises(UserError, match=message):
+            to_dataclass(Outer, good | change, key="c")
+
+
+def test_differences_name_the_leaves():
+    a, b = dict(x=1, y=dict(z=2, w=3)), dict(x=1, y=dict(z=5, w=3))
+    assert differences(a, b) == ["y.z: 2 here, 5 there"]
+    assert differences(a, a) == []
+
+
+def test_plain_and_upgrade():
+    assert plain(ConfigDict(dict(a=(1, 2), b=dict(c="x")))) == {"a": [1, 2], "b": {"c": "x"}}
+    assert upgrade({"format_version": FORMAT_VERSION}) == {"format_version": FORMAT_VERSION}
+    with pytest.raises(UserError, match="install a newer one"):
+        upgrade({"format_version": FORMAT_VERSION + 1})
