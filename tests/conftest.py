@@ -4,5 +4,6 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "0"  # as in cli.run
+os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "0"  # this and the next as in cli.spread_cpu
+os.environ["PJRT_NPROC"] = "64"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

@@ -54,8 +54,7 @@ def run(main: Callable[[], None], *, required: Sequence[str]) -> None:
         return rest
 
     def guarded(_: Sequence[str]) -> None:
-        # On several simulated devices, programs that run at once can wait for each other's collectives for ever.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
+        spread_cpu()
         for name in ("orbax", "jax", "absl"):
             std_logging.getLogger(name).setLevel(std_logging.WARNING)
         try:
@@ -66,6 +65,15 @@ def run(main: Callable[[], None], *, required: Sequence[str]) -> None:
             fail(str(error))
 
     app.run(guarded, flags_parser=parse)
+
+
+def spread_cpu() -> None:
+    """Keeps several simulated CPU devices from waiting for each other's collectives for ever: programs run one at a
+    time, in a pool of threads that holds every collective that can wait at once. Call it before the first device use.
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if (devices := jax.config.jax_num_cpu_devices) > 1:
+        os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 8 * devices)))
 
 
 def fail(message: str) -> None:

@@ -6,13 +6,15 @@ A condition has `length`, `vocab_size`, `tokens(frozen, batch) -> int32 [b, leng
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from vqgan_jax import coordinates
 from vqgan_jax.config import UserError, choose, to_dataclass
 from vqgan_jax.models.vqgan import model_input
+from vqgan_jax.object_tokens import ObjectTokens
 from vqgan_jax.tokenizer import Tokenizer
 
 Frozen = Mapping[str, Any]
@@ -135,6 +137,71 @@ class EncodedImage:
 
 
 @dataclasses.dataclass(frozen=True)
+class Coordinates:
+    """Where each code of a crop stands in the whole picture, in raster order, for windows of larger pictures."""
+
+    config: "CoordinatesConfig"
+    grid: tuple[int, int]
+    spatial = True
+    keys = ("coords",)
+
+    @property
+    def length(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.codes
+
+    def tokens(self, frozen: Frozen, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """From `coords` [b, h, w, 2], (y, x) in [0, 1] at the centres of pixels; of any size that divides."""
+        coords, c = batch["coords"], self.config
+        if c.scheme == "joint":
+            ids = coordinates.coordinate_tokens(coords, c.codes, c.factor)
+        else:
+            # The scalar counts the whole picture's pixels; how many there are shows in the step between neighbours.
+            steps = (coords[:, 1:, :, :1] - coords[:, :-1, :, :1]), (coords[:, :, 1:, 1:] - coords[:, :, :-1, 1:])
+            height, width = (jnp.round(1 / jnp.abs(step.mean((1, 2, 3), keepdims=True))) for step in steps)
+            scalar = coordinates.raster_scalar(coords, height, width)
+            # Its last token is one beyond the table.
+            ids = jnp.minimum(coordinates.raster_scalar_tokens(scalar, c.codes, c.factor), c.codes - 1)
+        return ids.reshape(ids.shape[0], -1)
+
+    def invert(self, frozen: Frozen, tokens: jax.Array) -> jax.Array:
+        """Coordinates [b, h, w, 2], for the raster scalar [b, h, w, 1]."""
+        schemes = {"joint": coordinates.coordinates_from_tokens, "raster": coordinates.raster_scalar_from_tokens}
+        return schemes[self.config.scheme](tokens.reshape(-1, *self.grid), self.config.codes, self.config.factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objects:
+    """The layout of a scene: which objects stand where (arXiv 2105.06458)."""
+
+    config: ObjectTokens
+    spatial = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return ("boxes", "box_classes", "box_flags", *(("crop_box",) if self.config.crop else ()))
+
+    @property
+    def length(self) -> int:
+        return self.config.length
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab
+
+    def tokens(self, frozen: Frozen, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """With `crop_box`, boxes are relative to the whole picture that it is cut from; without, to what is seen."""
+        boxes = (batch[name] for name in ("boxes", "box_classes", "box_flags"))
+        return self.config.tokens(*boxes, batch.get("crop_box"))
+
+    def invert(self, frozen: Frozen, tokens: jax.Array) -> dict[str, jax.Array]:
+        return self.config.invert(tokens)
+
+
+@dataclasses.dataclass(frozen=True)
 class UnconditionalConfig:
     """No fields."""
 
@@ -157,12 +224,27 @@ class EncodedImageConfig:
     input_key: str
 
 
+@dataclasses.dataclass(frozen=True)
+class CoordinatesConfig:
+    """How positions become tokens."""
+
+    codes: int
+    factor: int  # pixels a token: the first stage's
+    scheme: Literal["joint", "raster"]  # one bin of (y, x), or the reference's scalar, which hardly tells columns apart
+
+    def __post_init__(self) -> None:
+        if self.codes < 1 or self.factor < 1:
+            raise ValueError(f"codes is {self.codes} and factor {self.factor}; both are at least 1")
+
+
 CONFIGS: dict[str, type[Any]] = {
     "none": UnconditionalConfig,
     "class": ClassLabelConfig,
     "image": EncodedImageConfig,
+    "coordinates": CoordinatesConfig,
+    "objects": ObjectTokens,
 }
-ConditionConfig = UnconditionalConfig | ClassLabelConfig | EncodedImageConfig
+ConditionConfig = UnconditionalConfig | ClassLabelConfig | EncodedImageConfig | CoordinatesConfig | ObjectTokens
 
 
 def condition_config(config: Mapping[str, Any], key: str) -> ConditionConfig:
@@ -191,4 +273,8 @@ def make_condition(config: ConditionConfig, grid: tuple[int, int], stage: Tokeni
                     f"config.cond_vqgan: that VQGAN encodes '{stage.config.input_key}', the condition is '{input_key}'"
                 )
             return EncodedImage(stage, grid)
+        case CoordinatesConfig():
+            return Coordinates(config, grid)
+        case ObjectTokens():
+            return Objects(config)
     raise TypeError(config)

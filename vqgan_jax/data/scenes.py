@@ -1,88 +1,89 @@
-"""The embedded data set: procedural landscapes, each picture a pure function of (seed, index), with its ground truth.
+"""The embedded data set: procedural landscapes, each a pure function of (seed, index), with their ground truth.
 
-One scene is a painter's pass from far to near over colours, depth and the id of the thing seen at each pixel;
-labels, segmentation, depth and boxes all come from that one pass, so they agree. Lengths are in picture heights: the
-same scene is drawn at any resolution, and a wider picture of the same height shows more of the land.
+A scene is one painter's pass from far to near over colour, depth and the id of the thing seen at each pixel: its
+segmentation, depth and boxes come from that same pass, so they agree. Lengths are in picture heights: the same scene
+is drawn at any resolution, and a wider picture of the same height shows more of the land.
 """
 
+from collections import namedtuple
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-TIMES = ("noon", "sunset", "night", "winter")
-GROUNDS = ("lake", "meadow")
-CLASSES = tuple(f"{time}_{ground}" for time in TIMES for ground in GROUNDS)
-SEGMENTATION_CLASSES = (
-    "sky",
-    "sun",
-    "moon",
-    "cloud",
-    "far_ridge",
-    "near_ridge",
-    "meadow",
-    "lake",
-    "tree",
-    "house",
-)
+
+class _Time(NamedTuple):
+    """What sets a time of day, or the winter, apart besides its colours."""
+
+    orb: str | None  # what stands in the sky
+    radius: tuple[float, float] = (0.0, 0.0)  # of the orb: smallest, largest
+    glow: tuple[float, float] = (0.0, 0.0)  # around the orb: reach, strength
+    snow: bool = False  # on the far ridge
+
+
+_TIMES = {
+    "noon": _Time("sun", radius=(0.07, 0.085), glow=(0.2, 0.35), snow=True),
+    "sunset": _Time("sun", radius=(0.085, 0.11), glow=(0.3, 0.55)),
+    "night": _Time("moon", radius=(0.07, 0.09), glow=(0.22, 0.3)),
+    "winter": _Time(None, snow=True),
+}
+_GROUNDS = ("lake", "meadow")
+CLASSES = tuple(f"{time}_{ground}" for time in _TIMES for ground in _GROUNDS)
 BOX_CLASSES = ("sun", "moon", "cloud", "tree", "house")
 
-_Field = np.ndarray | float  # a value a pixel: anything that broadcasts to [h, w]
-_Profile = Callable[[np.ndarray | float], np.ndarray]  # the height y of a curve above or below each x
+_Profile = Callable[[np.ndarray | float], np.ndarray]  # the height y of a curve at each x
 
 
-def _rgb(*colours: str) -> np.ndarray:
-    """Hex colours to float32 [n, 3] in [0, 1]."""
-    return np.array([list(bytes.fromhex(colour)) for colour in colours], np.float32) / 255
+def _rgb(colours: str) -> np.ndarray:
+    """Hex colours parted by spaces to float32 [n, 3] in [0, 1]."""
+    return np.array([list(bytes.fromhex(colour)) for colour in colours.split()], np.float32) / 255
 
 
-SEGMENTATION_PALETTE = np.rint(
-    _rgb("8fc1ea", "ffd23f", "f4f1da", "ffffff", "8e9fc0", "5f7f86", "86b553", "2f6fa8", "2f6b35", "b5523b") * 255
-).astype(np.uint8)
-
-
-class Palette(NamedTuple):
-    """The colours of one time of day, each float32 [3] in [0, 1]; `leaf` and `leaf_shade` are lit and shaded."""
-
-    zenith: np.ndarray
-    horizon: np.ndarray
-    orb: np.ndarray
-    cloud: np.ndarray
-    cloud_shade: np.ndarray
-    far: np.ndarray
-    near: np.ndarray
-    grass_far: np.ndarray
-    grass_near: np.ndarray
-    water: np.ndarray
-    leaf: np.ndarray
-    leaf_shade: np.ndarray
-    trunk: np.ndarray
-    wall: np.ndarray
-    roof: np.ndarray
-    window: np.ndarray
-
-
-# fmt: off
-_PALETTES = {
-    "noon": _rgb("3f86d9", "c4e2f2", "fff0a0", "ffffff", "ccdcea", "8aa6c6", "6a9672", "a6c66c", "4a8a38", "3d7fa8",
-                 "5aa648", "2c6a34", "6b4a2f", "ecdcbc", "b5523b", "506680"),
-    "sunset": _rgb("5b4a8c", "ffb066", "fff2b4", "ffbe9a", "b8708a", "8a5a86", "5d4660", "a8784a", "4a4430", "5a4a7a",
-                   "7a6236", "35332c", "3a2a26", "d79a78", "7a3a3a", "ffd98a"),
-    "night": _rgb("0b1430", "35507e", "f4f1da", "46598a", "2a3a60", "263a62", "182a42", "28504e", "10282a", "16284c",
-                  "22503f", "0c2424", "15161c", "565a74", "40303f", "ffd873"),
-    "winter": _rgb("a3b7ca", "e4eaee", "fff8e0", "f6f8fa", "c3ced8", "aebfd0", "879db0", "f0f4f8", "cfdce8", "547a94",
-                   "eef3f7", "466660", "5b4a42", "a06c4e", "f2f5f8", "ffd98c"),
+_SEGMENTATION = {
+    "sky": "8fc1ea",
+    "sun": "ffd23f",
+    "moon": "f4f1da",
+    "cloud": "ffffff",
+    "far_ridge": "8e9fc0",
+    "near_ridge": "5f7f86",
+    "meadow": "86b553",
+    "lake": "2f6fa8",
+    "tree": "2f6b35",
+    "house": "b5523b",
 }
-# fmt: on
+SEGMENTATION_CLASSES = tuple(_SEGMENTATION)
+SEGMENTATION_PALETTE = np.rint(_rgb(" ".join(_SEGMENTATION.values())) * 255).astype(np.uint8)
 
 
-def _mix(a: np.ndarray, b: np.ndarray, share: _Field) -> np.ndarray:
-    """Colours [3] to planar colours [3, h, w] (as far as `share` reaches): a where share is 0, b where it is 1."""
+_COLOURS = {  # one column a time, in the order of _TIMES
+    "zenith": _rgb("3f86d9 5b4a8c 0b1430 a3b7ca"),
+    "horizon": _rgb("c4e2f2 ffb066 35507e e4eaee"),
+    "orb": _rgb("fff0a0 fff2b4 f4f1da fff8e0"),
+    "cloud": _rgb("ffffff ffbe9a 46598a f6f8fa"),
+    "cloud_shade": _rgb("ccdcea b8708a 2a3a60 c3ced8"),
+    "far_ridge": _rgb("8aa6c6 8a5a86 263a62 aebfd0"),
+    "near_ridge": _rgb("6a9672 5d4660 182a42 879db0"),
+    "grass_far": _rgb("a6c66c a8784a 28504e f0f4f8"),
+    "grass_near": _rgb("4a8a38 4a4430 10282a cfdce8"),
+    "water": _rgb("3d7fa8 5a4a7a 16284c 547a94"),
+    "leaf": _rgb("5aa648 7a6236 22503f eef3f7"),
+    "leaf_shade": _rgb("2c6a34 35332c 0c2424 466660"),
+    "wood": _rgb("6b4a2f 3a2a26 15161c 5b4a42"),
+    "wall": _rgb("ecdcbc d79a78 565a74 a06c4e"),
+    "roof": _rgb("b5523b 7a3a3a 40303f f2f5f8"),
+    "window": _rgb("506680 ffd98a ffd873 ffd98c"),
+}
+_TABLE = np.stack(list(_COLOURS.values()), 1)  # [times, colours, 3]
+_Palette = namedtuple("_Palette", _COLOURS)  # the colours of one scene, float32 [3] in [0, 1]
+
+
+def _mix(a: np.ndarray, b: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Two colours [3] to a planar one [3, h or 1, w or 1]: a where the share [h or 1, w or 1] is 0, b where it is 1."""
     return a[:, None, None] + (b - a)[:, None, None] * share
 
 
 class _Canvas:
-    """What has been painted so far: planar colour [3, h, w], depth [h, w], and the id of the thing at each pixel."""
+    """What is painted so far: planar colour [3, h, w], depth [h, w], and the id of the thing seen at each pixel."""
 
     def __init__(self, height: int, width: int):
         self.height, self.width, self.aspect = height, width, width / height
@@ -94,36 +95,40 @@ class _Canvas:
         self.kinds = ["sky"]
 
     def cover(self, distance: np.ndarray) -> np.ndarray:
-        """The share of a pixel that lies inside, from the signed distance to the edge (positive inside)."""
+        """The share of a pixel that lies inside, from the distance to the edge in picture heights (positive inside)."""
         return np.clip(distance * self.height + 0.5, 0, 1)
 
-    def window(self, x: float, y: float, reach: float, rise: float, drop: float) -> tuple[slice, slice]:
-        """Rows and columns of the box from x - reach to x + reach and from y - rise to y + drop, a pixel wider."""
+    def window(self, left: float, top: float, right: float, bottom: float) -> tuple[slice, slice]:
+        """The rows and columns that hold this box, as far as it lies in the picture."""
 
         def span(low: float, high: float, size: int) -> slice:
-            return slice(*(min(max(int(edge * self.height), 0), size) for edge in (low - 1 / self.height, high)))
+            first, last = int(low * self.height) - 1, int(high * self.height) + 2
+            return slice(min(max(first, 0), size), min(max(last, 0), size))
 
-        edge = 2 / self.height
-        return span(y - rise, y + drop + edge, self.height), span(x - reach, x + reach + edge, self.width)
+        return span(top, bottom, self.height), span(left, right, self.width)
 
     def add(self, kind: str) -> int:
-        """A new thing of this kind; its id."""
+        """A new thing of this kind (of SEGMENTATION_CLASSES); its id."""
         self.kinds.append(kind)
         return len(self.kinds) - 1
 
     def paint(
-        self, thing: int, coverage: np.ndarray, colour: np.ndarray, depth: _Field, window: tuple = (slice(None),) * 2
-    ):
-        """Lays a colour, [3] or planar, over the window as far as coverage goes; above a half the thing owns the pixel."""
-        colour = colour[:, None, None] if colour.ndim == 1 else colour
+        self,
+        thing: int,
+        coverage: np.ndarray,
+        colour: np.ndarray,
+        depth: np.ndarray | float,
+        window: tuple[slice, slice] = (slice(None), slice(None)),
+    ) -> None:
+        """Lays a colour, [3] or planar, over the window; the thing owns the pixels that it covers more than half."""
         under = self.colour[:, *window]
-        under += coverage * (colour - under)
+        under += coverage * ((colour[:, None, None] if colour.ndim == 1 else colour) - under)
         own = coverage > 0.5
         np.copyto(self.things[window], thing, where=own)
         np.copyto(self.depth[window], depth, where=own)
 
-    def ground_truth(self) -> dict:
-        """Segmentation from the ids, and a box around what can be seen of each thing that has a box class."""
+    def ground_truth(self) -> dict[str, np.ndarray]:
+        """Segmentation, depth, and a box around what can be seen of each thing that has a box class."""
         codes = np.array([SEGMENTATION_CLASSES.index(kind) for kind in self.kinds], np.uint8)
         boxes, box_classes = [], []
         for thing, kind in enumerate(self.kinds):
@@ -132,235 +137,260 @@ class _Canvas:
             seen = self.things == thing
             rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
             if rows.size:
-                top, left, bottom, right = rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
-                boxes.append(
-                    (left / self.width, top / self.height, (right - left) / self.width, (bottom - top) / self.height)
-                )
+                boxes.append((columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]))
                 box_classes.append(BOX_CLASSES.index(kind))
+        size = np.array([self.width, self.height] * 2, np.float32)
         return {
             "segmentation": codes[self.things],
             "depth": self.depth,
-            "boxes": np.array(boxes, np.float32).reshape(-1, 4),
+            "boxes": np.array(boxes, np.float32).reshape(-1, 4) / size,
             "box_classes": np.array(box_classes, np.int32),
         }
 
 
-def _profile(rng: np.random.Generator, base: float, rise: float, pitch: float, sharp: bool) -> _Profile:
-    """A fractal skyline: octaves of triangle (sharp) or sine waves at random phases, up to `rise` above `base`."""
-    octaves = np.arange(4, dtype=np.float32)[:, None]
-    phases, frequencies = rng.random((4, 1), np.float32) * 2, pitch * 2.1**octaves
-    weights = (0.5 if sharp else 0.36) ** octaves[:, 0]
-    weights /= weights.sum()
+def _fractal(rng: np.random.Generator, base: float, rise: float, pitch: float, sharp: bool) -> _Profile:
+    """A skyline up to `rise` above `base`: octaves of triangle (sharp) or sine waves at random phases."""
+    octaves = np.arange(4, dtype=np.float32)
+    phases, frequencies = 2 * rng.random(4, np.float32), pitch * 2.1**octaves
+    weights = (0.5 if sharp else 0.36) ** octaves
+    weights *= rise / weights.sum()
 
     def height(x: np.ndarray | float) -> np.ndarray:
-        turns = frequencies * np.asarray(x, np.float32).reshape(1, -1) + phases
+        turns = np.asarray(x, np.float32)[..., None] * frequencies + phases
         waves = np.abs(turns % 2 - 1) if sharp else 0.5 + 0.5 * np.sin(np.pi * turns)
-        return base - rise * (weights @ waves)
+        return base - (waves * weights).sum(-1)
 
     return height
 
 
-def _paint_sky(canvas: _Canvas, rng: np.random.Generator, time: str, colours: Palette, level: float, orb: tuple):
-    """The sky's gradient and glow, the sun or moon with nothing before it, and clouds that keep clear of it."""
-    x, y, radius = orb
-    canvas.colour[:] = _mix(colours.zenith, colours.horizon, np.clip(canvas.y / level, 0, 1) ** 1.3)
-    if radius:
-        squared = (canvas.x - x) ** 2 + (canvas.y - y) ** 2
-        reach, strength = {"noon": (0.2, 0.35), "sunset": (0.3, 0.55), "night": (0.22, 0.3)}[time]
-        canvas.colour += strength * np.exp(-squared / reach**2) * (colours.orb[:, None, None] - canvas.colour)
-    phase = rng.uniform(0.8, 2.4)
-    if radius:
-        window = canvas.window(x, y, radius, radius, radius)
-        coverage = canvas.cover(radius - np.sqrt(squared[window]))
-        if time == "night":  # a crescent: the shadow is a second disc
-            shadow = np.hypot(
-                canvas.x[:, window[1]] - x - phase * radius, canvas.y[window[0]] - y + 0.4 * phase * radius
-            )
-            coverage *= 1 - canvas.cover(radius - shadow)
-        canvas.paint(canvas.add("moon" if time == "night" else "sun"), coverage, colours.orb, 1.0, window)
-    for _ in range(max(1, round(rng.integers(2, 5) * canvas.aspect))):
-        cx, cy, size = rng.uniform(0, canvas.aspect), rng.uniform(0.07, 0.28), rng.uniform(0.11, 0.2)
-        puffs = rng.random((3, 5), np.float32)
-        if radius and abs(cx - x) < radius + 1.1 * size and abs(cy - y) < radius + 0.5 * size:
-            continue
-        window = canvas.window(cx, cy, 1.3 * size, 0.7 * size, 0.4 * size)
-        u, v = (canvas.x[:, window[1]] - cx) / size, (canvas.y[window[0]] - cy) / size
-        across = np.linspace(-0.75, 0.75, 5, dtype=np.float32) + 0.2 * (puffs[0] - 0.5)
-        tall = (0.2 + 0.16 * puffs[1]) * (1.25 - across**2)
-        heap = np.exp(-(((v + 0.5 * tall) / tall) ** 2)) @ np.exp(-(((u.T - across) / 0.3) ** 2)).T
-        coverage = 0.9 * np.clip((heap - 0.45) * 2.5, 0, 1) * np.clip((0.22 - v) * 5, 0, 1)
-        canvas.paint(
-            canvas.add("cloud"),
-            coverage,
-            _mix(colours.cloud, colours.cloud_shade, np.clip(0.6 + 1.6 * v, 0, 1)),
-            0.95,
-            window,
-        )
+class _Orb(NamedTuple):
+    """Where the sun or the moon stands; radius 0 where there is none."""
+
+    x: float
+    y: float
+    radius: float
 
 
-def _paint_ridge(canvas: _Canvas, kind: str, profile: _Profile, colours: tuple, depth: float, snow: np.ndarray | None):
-    """Mountains: lit and shaded by their slope, hazy at the foot, with snow on the highest part where asked."""
-    colour, haze = colours
-    top = profile(canvas.x)
-    below = canvas.y - top
-    slope = profile(canvas.x + 0.02) - profile(canvas.x - 0.02)
-    body = _mix(colour, haze, np.clip(below * 2.2, 0, 0.75)) * (1 + np.clip(slope * 4, -0.12, 0.12))
+def _paint_orb(canvas: _Canvas, time: _Time, colours: _Palette, orb: _Orb, moon: float) -> None:
+    """The sun or the moon in its glow; `moon` is how far its shadow, a second disc, is off, in radii."""
+    reach, strength = time.glow
+    squared = (canvas.x - orb.x) ** 2 + (canvas.y - orb.y) ** 2
+    canvas.colour += strength * np.exp(-squared / reach**2) * (colours.orb[:, None, None] - canvas.colour)
+    window = canvas.window(orb.x - orb.radius, orb.y - orb.radius, orb.x + orb.radius, orb.y + orb.radius)
+    coverage = canvas.cover(orb.radius - np.sqrt(squared[window]))
+    if time.orb == "moon":
+        away = moon * orb.radius
+        shadow = np.hypot(canvas.x[:, window[1]] - orb.x - away, canvas.y[window[0]] - orb.y + 0.4 * away)
+        coverage *= 1 - canvas.cover(orb.radius - shadow)
+    canvas.paint(canvas.add(time.orb), coverage, colours.orb, 1.0, window)
+
+
+def _paint_cloud(canvas: _Canvas, rng: np.random.Generator, colours: _Palette, orb: _Orb) -> None:
+    """A heap of five soft puffs on a flat base, unless it would hide the sun or the moon."""
+    x, y, size = rng.uniform(0, canvas.aspect), rng.uniform(0.07, 0.28), rng.uniform(0.11, 0.2)
+    puffs = rng.random((2, 5), np.float32)
+    if orb.radius and abs(x - orb.x) < orb.radius + 1.1 * size and abs(y - orb.y) < orb.radius + 0.5 * size:
+        return
+    window = canvas.window(x - 1.3 * size, y - 0.7 * size, x + 1.3 * size, y + 0.4 * size)
+    u, v = (canvas.x[0, window[1]] - x) / size, (canvas.y[window[0]] - y) / size
+    middle = np.linspace(-0.75, 0.75, 5, dtype=np.float32) + 0.2 * (puffs[0] - 0.5)
+    tall = (0.2 + 0.16 * puffs[1]) * (1.25 - middle**2)
+    heap = np.exp(-((v / tall + 0.5) ** 2)) @ np.exp(-(((u - middle[:, None]) / 0.3) ** 2))
+    coverage = 0.9 * np.clip((heap - 0.45) * 2.5, 0, 1) * np.clip((0.22 - v) * 5, 0, 1)
+    body = _mix(colours.cloud, colours.cloud_shade, np.clip(0.6 + 1.6 * v, 0, 1))
+    canvas.paint(canvas.add("cloud"), coverage, body, 0.95, window)
+
+
+def _paint_ridge(
+    canvas: _Canvas,
+    kind: str,
+    top: _Profile,
+    colour: np.ndarray,
+    haze: np.ndarray,
+    depth: float,
+    snow: np.ndarray | None = None,
+) -> None:
+    """A mountain range, lighter on the slopes that face left, hazy at its foot, with snow on its peaks if given."""
+    skyline = top(canvas.x)
+    below = canvas.y - skyline
+    facing = 1 + np.clip(1.2 * (top(canvas.x + 0.05) - top(canvas.x - 0.05)), -0.1, 0.1)
+    body = _mix(colour, haze, np.clip(below * 2.2, 0, 0.75))
     if snow is not None:
-        line = top.min() + 0.07 + 0.05 * np.abs(canvas.x * 14 % 2 - 1)
-        body += (
-            canvas.cover((line - canvas.y) / 3)
-            * 0.8
-            * (snow[:, None, None] * (1 + np.clip(slope * 4, -0.12, 0.04)) - body)
-        )
-    canvas.paint(canvas.add(kind), canvas.cover(below), body, depth)
+        line = skyline.min() + 0.07 + 0.05 * np.abs(canvas.x * 14 % 2 - 1)
+        body += 0.8 * canvas.cover((line - canvas.y) / 3) * (snow[:, None, None] - body)  # / 3: a soft edge
+    canvas.paint(canvas.add(kind), canvas.cover(below), body * facing, depth)
 
 
-def _paint_ground(canvas: _Canvas, colours: Palette, top: _Profile, level: float, phase: float):
-    """Grass or snow from a curve down to the picture's foot, in broad soft rolls; depth falls with nearness."""
-    near = np.clip((canvas.y - level) / (1 - level), 0, 1)
-    rolls = 1 + 0.05 * np.sin(9 * np.sqrt(near) + 2.5 * canvas.x + phase)
+class _Land(NamedTuple):
+    """The ground plane below the horizon; nearness runs from 0 at the horizon to 1 at the picture's lower edge."""
+
+    horizon: float
+    phase: float  # of its rolls and ripples
+
+    def nearness(self, y: np.ndarray | float) -> np.ndarray:
+        return np.clip((y - self.horizon) / (1 - self.horizon), 0, 1)
+
+    def depth(self, y: np.ndarray | float) -> np.ndarray:
+        return 0.6 * (1 - self.nearness(y))
+
+
+def _paint_meadow(canvas: _Canvas, colours: _Palette, land: _Land, top: _Profile) -> None:
+    """Grass, or snow, from a curve down to the lower edge, in broad soft rolls."""
+    near = land.nearness(canvas.y)
+    rolls = 1 + 0.05 * np.sin(9 * np.sqrt(near) + 2.5 * canvas.x + land.phase)
     body = _mix(colours.grass_far, colours.grass_near, near**0.8) * rolls
-    canvas.paint(canvas.add("meadow"), canvas.cover(canvas.y - top(canvas.x)), body, 0.6 * (1 - near))
+    canvas.paint(canvas.add("meadow"), canvas.cover(canvas.y - top(canvas.x)), body, land.depth(canvas.y))
 
 
-def _paint_lake(canvas: _Canvas, colours: Palette, level: float, phase: float):
-    """Water from the level down: what stands above it, mirrored, drawn out by ripples and tinted with nearness."""
-    first = int(level * canvas.height)
+def _paint_lake(canvas: _Canvas, colours: _Palette, land: _Land) -> None:
+    """Water below the horizon: what is painted above, mirrored, bent by ripples and tinted the more the nearer."""
+    first = int(land.horizon * canvas.height)
     x, y = canvas.x, canvas.y[first:]
-    near = np.clip((y - level) / (1 - level), 0, 1)
-    ripple = np.sin(28 * np.sqrt(near + 0.02) + 5 * x + phase + np.sin(7 * x - phase))
-    source = np.clip((2 * level - y + 0.05 * near * ripple) * canvas.height - 0.5, 0, max(first - 1, 0))
-    row = source.astype(np.int32)
-    column = np.arange(canvas.width)
+    near = land.nearness(y)
+    ripple = np.sin(28 * np.sqrt(near + 0.02) + 5 * x + land.phase + np.sin(7 * x - land.phase))
+    source = (2 * land.horizon - y + 0.05 * near * ripple) * canvas.height - 0.5
+    source = np.clip(source, 0, max(first - 1, 0))
+    row, column = source.astype(np.int32), np.arange(canvas.width)
     upper, lower = canvas.colour[:, row, column], canvas.colour[:, np.minimum(row + 1, canvas.height - 1), column]
-    mirrored = upper + (source - row) * (lower - upper)
-    body = mirrored + (0.25 + 0.3 * near) * (colours.water[:, None, None] - mirrored)
-    body *= 1 + 0.05 * ripple * near
-    canvas.paint(canvas.add("lake"), canvas.cover(y - level), body, 0.6 * (1 - near), (slice(first, None), slice(None)))
+    body = upper + (source - row) * (lower - upper)
+    body += (0.3 + 0.3 * near) * (colours.water[:, None, None] - body)
+    body *= 1 + 0.05 * near * ripple
+    window = (slice(first, None), slice(None))
+    canvas.paint(canvas.add("lake"), canvas.cover(y - land.horizon), body, land.depth(y), window)
 
 
-def _paint_tree(
-    canvas: _Canvas, colours: Palette, x: float, foot: float, size: float, conifer: bool, light: float, depth: float
-):
-    """A tree of height `size` that stands at (x, foot): a trunk under three tiers or under a round crown."""
-    window = canvas.window(x, foot, 0.4 * size, size, 0.0)
+class _Stand(NamedTuple):
+    """Something that stands on the ground at (x, foot), `size` high; sorted, they come far before near."""
+
+    foot: float
+    x: float
+    size: float
+    kind: str  # "conifer", "broadleaf" or "house"
+
+
+def _paint_tree(canvas: _Canvas, colours: _Palette, stand: _Stand, depth: float, light: float) -> None:
+    """A trunk under the three tiers of a conifer or the round crown of a broadleaf; lit from the side of `light`."""
+    foot, x, size, kind = stand
+    window = canvas.window(x - 0.4 * size, foot - size, x + 0.4 * size, foot)
     u, v = (canvas.x[:, window[1]] - x) / size, (foot - canvas.y[window[0]]) / size  # v: 0 at the foot, 1 at the top
-    if conifer:
+    if kind == "conifer":
         fall = np.clip((1 - v) / 0.86, 0, 1)  # 0 at the top, 1 at the lowest branches
         tier = fall * 3 % 1
         reach = 0.3 * fall * (0.62 + 0.38 * tier)
         crown = np.minimum((reach - np.abs(u)) * 0.9, np.minimum(v - 0.14, 1 - v))
-        lit = 0.55 * tier + 0.25 + 1.2 * light * u
+        lit = 0.25 + 0.55 * tier + 1.2 * light * u
     else:
         crown = np.maximum(0.29 - np.hypot(u, v - 0.7), 0.2 - np.hypot(np.abs(u) - 0.17, v - 0.56))
-        lit = 0.5 + 1.3 * light * u + 1.1 * (v - 0.66)
-    thing = canvas.add("tree")
+        lit = 0.5 + 1.1 * (v - 0.66) + 1.3 * light * u
     trunk = np.minimum(0.045 - np.abs(u), np.minimum(v, 0.5 - v))
-    canvas.paint(thing, canvas.cover(trunk * size), colours.trunk, depth, window)
-    canvas.paint(
-        thing, canvas.cover(crown * size), _mix(colours.leaf_shade, colours.leaf, np.clip(lit, 0, 1)), depth, window
-    )
+    leaves = _mix(colours.leaf_shade, colours.leaf, np.clip(lit, 0, 1))
+    thing = canvas.add("tree")
+    canvas.paint(thing, canvas.cover(trunk * size), colours.wood, depth, window)
+    canvas.paint(thing, canvas.cover(crown * size), leaves, depth, window)
 
 
-def _paint_house(canvas: _Canvas, colours: Palette, x: float, foot: float, size: float, light: float, depth: float):
-    """A house of height `size` that stands at (x, foot): wall, gabled roof with eaves, a door between two windows."""
-    window = canvas.window(x, foot, 0.9 * size, size, 0.0)
+def _paint_house(canvas: _Canvas, colours: _Palette, stand: _Stand, depth: float) -> None:
+    """A wall with a door between two windows, under a hipped roof with eaves."""
+    foot, x, size, _ = stand
+    window = canvas.window(x - 0.9 * size, foot - size, x + 0.9 * size, foot)
     u, v = np.abs(canvas.x[:, window[1]] - x) / size, (foot - canvas.y[window[0]]) / size
-    thing = canvas.add("house")
 
-    def part(shape: np.ndarray, colour: np.ndarray):
-        canvas.paint(thing, canvas.cover(shape * size), colour, depth, window)
-
-    def box(middle: float, half: float, low: float, high: float) -> np.ndarray:
+    def block(middle: float, half: float, low: float, high: float) -> np.ndarray:
         return np.minimum(half - np.abs(u - middle), np.minimum(v - low, high - v))
 
-    part(box(0, 0.62, 0, 0.56), colours.wall)
-    part(np.minimum(np.minimum(v - 0.5, 1 - v), (0.82 - 0.6 * (v - 0.5) / 0.5 - u) * 0.7), colours.roof)
-    part(box(0, 0.12, 0, 0.38), colours.trunk)
-    part(box(0.38, 0.1, 0.2, 0.38), colours.window)
+    thing = canvas.add("house")
+    roof = np.minimum(np.minimum(v - 0.5, 1 - v), 0.7 * (0.82 - 1.2 * (v - 0.5) - u))
+    for shape, colour in (
+        (block(0, 0.62, 0, 0.56), colours.wall),
+        (roof, colours.roof),
+        (block(0, 0.12, 0, 0.38), colours.wood),
+        (block(0.38, 0.1, 0.2, 0.38), colours.window),
+    ):
+        canvas.paint(thing, canvas.cover(shape * size), colour, depth, window)
 
 
 def render(seed: int, index: int, height: int = 64, width: int = 64) -> dict:
-    """Draws scene `index` of the stream `seed` at any size; the same aspect gives the same scene.
+    """Draws scene `index` >= 0 of the stream `seed` >= 0 at any size; equal aspects give the same scene.
 
-    Returns:
+    Returns a dict of:
         image: uint8 [h, w, 3].
         label: int into CLASSES, drawn uniformly.
         segmentation: uint8 [h, w] into SEGMENTATION_CLASSES.
-        depth: float32 [h, w], 0 (at the viewer) to 1 (sky), ordered by distance but not metric.
-        boxes: float32 [n, 4] of (x, y, width, height) relative to the picture, around what is seen of each thing.
+        depth: float32 [h, w], 0 (at the viewer) to 1 (sky); ordered by distance, not metric.
+        boxes: float32 [n, 4], x, y, width and height relative to the picture, around what is seen of each thing.
         box_classes: int32 [n] into BOX_CLASSES.
     """
     rng = np.random.Generator(np.random.PCG64([seed, index]))
     label = int(rng.integers(len(CLASSES)))
-    time, ground = CLASSES[label].split("_")
-    base = _PALETTES[time]
-    colours = Palette(
-        *np.clip(base * rng.uniform(0.92, 1.08) + rng.uniform(-0.03, 0.03, base.shape).astype(np.float32), 0, 1)
-    )
+    name, ground = CLASSES[label].split("_")
+    time, table = _TIMES[name], _TABLE[list(_TIMES).index(name)]
+    tint = rng.uniform(-0.03, 0.03, table.shape).astype(np.float32)
+    colours = _Palette(*np.clip(table * rng.uniform(0.92, 1.08) + tint, 0, 1))
     canvas = _Canvas(height, width)
 
-    level = rng.uniform(0.52, 0.6)  # the horizon
-    near_side, phase = rng.integers(2), rng.uniform(0, 6)
-    far = _profile(rng, level - 0.06, rng.uniform(0.2, 0.36), rng.uniform(1.2, 1.8), sharp=True)
-    near = _profile(rng, level, rng.uniform(0.1, 0.18), rng.uniform(0.8, 1.3), sharp=False)
+    land = _Land(rng.uniform(0.52, 0.6), rng.uniform(0, 6))
+    far = _fractal(rng, land.horizon - 0.06, rng.uniform(0.18, 0.3), rng.uniform(1.2, 1.8), sharp=True)
+    near = _fractal(rng, land.horizon, rng.uniform(0.1, 0.18), rng.uniform(0.8, 1.3), sharp=False)
+    shore = _fractal(rng, land.horizon, 0.03, 0.7, sharp=False)
+    waver = _fractal(rng, 0.96, 0.04, 1.1, sharp=False)
+    near_side = int(rng.integers(2))
 
-    def nearness(x):  # one side of a square picture is close to the viewer, the other far; it alternates in a panorama
+    def closeness(x):  # one side of a square picture is near, the other far; a panorama goes back and forth
         return 0.5 + 0.5 * np.cos(np.pi * (x - near_side))
 
-    # The sun keeps to the far side, where no tall tree stands.
-    orb_x = min(rng.uniform(0.14, 0.86, 3) * canvas.aspect, key=nearness)
-    radius = {
-        "noon": rng.uniform(0.07, 0.085),
-        "sunset": rng.uniform(0.085, 0.11),
-        "night": rng.uniform(0.07, 0.09),
-        "winter": 0.0,
-    }[time]
-    skyline = min(far(orb_x)[0], near(orb_x)[0])
-    orb_y = skyline - rng.uniform(0, 1) * radius if time == "sunset" else rng.uniform(0.13, 0.2)
-    light = 1.0 if orb_x > canvas.aspect / 2 else -1.0
+    def bank(x):  # where a lake ends and the near shore begins
+        return waver(x) - 0.2 * closeness(x)
 
-    _paint_sky(canvas, rng, time, colours, level, (orb_x, orb_y, radius))
-    snow = colours.cloud if time in ("noon", "winter") else None
-    _paint_ridge(canvas, "far_ridge", far, (colours.far, colours.horizon), 0.85, snow)
-    _paint_ridge(canvas, "near_ridge", near, (colours.near, 0.5 * (colours.near + colours.grass_far)), 0.7, None)
-    _paint_ground(canvas, colours, _profile(rng, level, 0.03, 0.7, sharp=False), level, phase)
+    # Sun and moon keep to the far side, where no tall tree stands; the sun sets behind the ridges.
+    orb_x = float(min(rng.uniform(0.14, 0.86, 3) * canvas.aspect, key=closeness))
+    radius = rng.uniform(*time.radius)
+    skyline = float(min(far(orb_x), near(orb_x)))
+    low, high = skyline - rng.uniform(0, 1) * radius, min(rng.uniform(0.13, 0.2), skyline - 1.3 * radius)
+    orb = _Orb(orb_x, low if name == "sunset" else high, radius)
 
-    edge = _profile(rng, 0.0, 0.04, 1.1, sharp=False)
+    canvas.colour[:] = _mix(colours.zenith, colours.horizon, np.clip(canvas.y / land.horizon, 0, 1) ** 1.3)
+    moon = (0.85, 1.15, 3.0)[rng.integers(3)]
+    if time.orb:
+        _paint_orb(canvas, time, colours, orb, moon)
+    for _ in range(max(1, round(rng.integers(2, 5) * canvas.aspect))):
+        _paint_cloud(canvas, rng, colours, orb)
+    snow = colours.cloud if time.snow else None
+    _paint_ridge(canvas, "far_ridge", far, colours.far_ridge, colours.horizon, 0.85, snow)
+    _paint_ridge(canvas, "near_ridge", near, colours.near_ridge, 0.5 * (colours.near_ridge + colours.grass_far), 0.7)
+    _paint_meadow(canvas, colours, land, shore)
 
-    def bank(x):  # where the near shore of a lake begins
-        return 0.96 - 0.2 * nearness(x) + edge(x)
-
+    stands = []
     slots = max(2, round(4.5 * canvas.aspect))
-    things = []
-    homestead = rng.integers(slots) if rng.random() < 0.7 else -1
+    homestead = rng.integers(slots) if rng.random() < 0.7 else None
     for slot in range(slots):
         x = (slot + rng.uniform(0.25, 0.75)) / slots * canvas.aspect
-        jitter, stature, kind = rng.random(3)
-        if ground == "lake":
-            foot = min(bank(x)[0] + 0.02 + 0.06 * jitter, 0.97) if nearness(x) > 0.55 else level
+        shift, stature, chance = rng.random(3).tolist()
+        if ground == "meadow":
+            foot = land.horizon + (1 - land.horizon) * (0.06 + 0.6 * closeness(x) + 0.2 * shift)
         else:
-            foot = level + (1 - level) * (0.06 + 0.6 * nearness(x) + 0.2 * jitter)
-        closeness = (foot - level) / (1 - level)
-        size = 0.15 + (0.28 + 0.1 * stature) * closeness
-        house = slot == homestead
-        if house or kind < 0.85 and (abs(x - orb_x) > radius + 0.3 * size):
-            things.append((foot, x, size, house, time == "winter" or stature < 0.5))
-    things.sort()
+            foot = min(bank(x) + 0.02 + 0.06 * shift, 0.97) if closeness(x) > 0.55 else land.horizon
+        size = 0.15 + (0.28 + 0.1 * stature) * float(land.nearness(foot))
+        if slot == homestead:
+            stands.append(_Stand(float(foot), x, 0.02 + 0.62 * size, "house"))
+        elif chance < 0.85 and abs(x - orb.x) > orb.radius + 0.3 * size:
+            conifer = name == "winter" or stature < 0.5
+            stands.append(_Stand(float(foot), x, size, "conifer" if conifer else "broadleaf"))
 
-    def place(things):
-        for foot, x, size, house, conifer in things:
-            depth = 0.6 * (1 - (foot - level) / (1 - level))
-            if house:
-                _paint_house(canvas, colours, x, foot, 0.02 + 0.62 * size, light, depth)
-            else:
-                _paint_tree(canvas, colours, x, foot, size, conifer, light, depth)
+    water = ground == "lake"
+    light = 1.0 if orb.x > canvas.aspect / 2 else -1.0
+    for stand in sorted(stands):
+        if water and stand.foot > land.horizon:  # all that the lake mirrors is painted
+            _paint_lake(canvas, colours, land)
+            _paint_meadow(canvas, colours, land, bank)
+            water = False
+        depth = float(land.depth(stand.foot))
+        if stand.kind == "house":
+            _paint_house(canvas, colours, stand, depth)
+        else:
+            _paint_tree(canvas, colours, stand, depth, light)
+    if water:
+        _paint_lake(canvas, colours, land)
+        _paint_meadow(canvas, colours, land, bank)
 
-    place([thing for thing in things if thing[0] <= level])
-    if ground == "lake":
-        _paint_lake(canvas, colours, level, phase)
-        _paint_ground(canvas, colours, bank, level, phase)
-    place([thing for thing in things if thing[0] > level])
-
-    pixels = np.ascontiguousarray(np.rint(np.clip(canvas.colour, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0))
-    return {"image": pixels, "label": label, **canvas.ground_truth()}
+    pixels = np.rint(np.clip(canvas.colour, 0, 1) * 255).astype(np.uint8)
+    return {"image": np.ascontiguousarray(pixels.transpose(1, 2, 0)), "label": label, **canvas.ground_truth()}

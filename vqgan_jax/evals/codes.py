@@ -12,15 +12,15 @@ from clu import metrics
 
 from vqgan_jax import losses
 from vqgan_jax.config import UserError
-from vqgan_jax.parallel import constrain
+from vqgan_jax.parallel import to_host
 
 
 @flax.struct.dataclass
 class PerImage(metrics.Metric):
     """One number an image, kept apart so that percentiles and standard errors are exact.
 
-    Create it inside jit, under the mesh, so that every host gets the whole of it; merge outside: merging only lists the
-    arrays, and nothing is waited for before `compute`.
+    Create it inside jit and merge outside: merging only lists the arrays, which stay sharded, and nothing is waited for
+    before `compute`, where every host gets the whole of them.
     """
 
     values: tuple[jax.Array, ...]
@@ -32,14 +32,14 @@ class PerImage(metrics.Metric):
 
     @classmethod
     def from_model_output(cls, values: jax.Array, mask: jax.Array, **_) -> "PerImage":
-        return cls(values=(constrain(values, None),), masks=(constrain(mask, None),))
+        return cls(values=(values,), masks=(mask,))
 
     def merge(self, other: "PerImage") -> "PerImage":
         return type(self)(values=self.values + other.values, masks=self.masks + other.masks)
 
     def compute(self) -> np.ndarray:
         """The values of the real images, float64 [n]. Raises UserError where there was none."""
-        values, masks = jax.device_get((self.values, self.masks))
+        values, masks = (list(map(to_host, arrays)) for arrays in (self.values, self.masks))
         kept = [np.asarray(value, np.float64)[mask] for value, mask in zip(values, masks, strict=True)]
         if not sum(map(len, kept)):
             raise UserError("no image was scored: the data set is empty or every row is padding")
@@ -59,14 +59,14 @@ class CodeCounts(metrics.Metric):
     @classmethod
     def from_model_output(cls, codes: jax.Array, codebook_size: int, mask: jax.Array, **_) -> "CodeCounts":
         weights = jnp.broadcast_to(mask.reshape(-1, *[1] * (codes.ndim - 1)), codes.shape).astype(jnp.int32)
-        return cls(counts=constrain(jnp.zeros(codebook_size, jnp.int32).at[codes].add(weights), None))
+        return cls(counts=jnp.zeros(codebook_size, jnp.int32).at[codes].add(weights))
 
     def merge(self, other: "CodeCounts") -> "CodeCounts":
         return type(self)(counts=self.counts + other.counts)
 
     def compute(self) -> np.ndarray:
         """The counts, int64 [q]."""
-        return np.asarray(jax.device_get(self.counts), np.int64)
+        return to_host(self.counts).astype(np.int64)
 
 
 def mean_and_error(name: str, values: np.ndarray) -> dict[str, float]:

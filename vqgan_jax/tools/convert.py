@@ -1,0 +1,98 @@
+"""Imports a checkpoint of the reference (CompVis/taming-transformers) as a working directory, or exports one back."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vqgan_jax import pretrained
+from vqgan_jax.config import UserError
+from vqgan_jax.convert import export, reference
+from vqgan_jax.convert.stream import write_safetensors
+from vqgan_jax.train.setup import COND_STAGE, FIRST_STAGE
+
+USES = {
+    "vqgan": "a VQGAN alone cannot sample; it reconstructs (pretrained.load_vqgan), is fine-tuned "
+    "(train_vqgan.py --config.init_from={out}), and is a transformer's first stage (train_transformer.py "
+    "--config.vqgan={out})",
+    "transformer": "sample with: python sample.py --workdir={out} --out=samples",
+}
+
+
+def import_checkpoint(checkpoint: str, yaml: str | None, out: str, lpips_out: str | None = None) -> None:
+    """Imports `checkpoint` into the folder `out`, and prints what went where.
+
+    Raises:
+      UserError: see `reference.open_checkpoint`.
+    """
+    if Path(checkpoint).is_dir():
+        raise UserError(f"--checkpoint={checkpoint}: is a folder; to write it as a file for PyTorch add --to=torch")
+    with reference.open_checkpoint(checkpoint, yaml) as opened:
+        lpips = reference.lpips_entries(opened.tensors) if lpips_out else []
+        opened.write(Path(out))
+        print(opened.table())
+        print(f"wrote {out}: {USES[opened.kind].format(out=out)}")
+        if lpips_out:
+            try:
+                write_safetensors(Path(lpips_out), lpips)
+            except OSError as error:
+                raise UserError(f"--lpips_out={lpips_out}: cannot be written ({error.strerror or error})") from None
+            print(f"wrote {lpips_out}: use it with --config.lpips.vgg={lpips_out} --config.lpips.heads={lpips_out}")
+
+
+def export_workdir(workdir: str, out: str) -> None:
+    """Writes a working directory or imported model as `out` (.safetensors) in the reference's terms, and its YAML.
+
+    Raises:
+      UserError: no model there, or one that the reference cannot express.
+    """
+    path, target = Path(workdir), Path(out)
+    if path.is_file():
+        raise UserError(f"--checkpoint={workdir}: is a file; --to=torch takes a working directory or an imported one")
+    if pretrained.kind_of(path, key="--checkpoint") == "vqgan":
+        export.export_vqgan(target, _network(path, "--checkpoint"))
+    else:
+        trained = pretrained.open_transformer(path, key="--checkpoint")
+        folders = {name: path / name for name in (FIRST_STAGE, COND_STAGE) if (path / name).exists()}
+        stages = {name: _network(folder, "--checkpoint") for name, folder in folders.items()}
+        export.export_transformer(target, trained.model, trained.params, stages)
+    print(f"wrote {target} and {target.with_suffix('.yaml')}")
+
+
+def _network(path: Path, key: str) -> export.Network:
+    """A VQGAN with its EMA parameters as the parameters, and its discriminator where it has one."""
+    tokenizer, _, trained = pretrained.load_tokenizer(path, key=key)
+    arrays = {"params": {**trained.params, **trained.ema}, "collections": trained.collections}
+    return export.Network(tokenizer.config, arrays)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vqgan_jax.tools.convert",
+        description="Imports a checkpoint of CompVis/taming-transformers (.ckpt, .safetensors) as a working directory "
+        "that the trainers, sample.py and pretrained.py read. PyTorch is not needed, and nothing in the file is run.",
+        epilog="example: python -m vqgan_jax.tools.convert --checkpoint=vqgan.ckpt --yaml=vqgan.yaml --out=runs/vqgan",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", required=True, help="the file; with --to=torch a working directory of ours")
+    parser.add_argument("--yaml", help="the model's YAML; by default the file of the same stem beside it")
+    parser.add_argument("--out", required=True, help="folder to write; with --to=torch a .safetensors file")
+    parser.add_argument("--to", choices=["torch"], help="export in place of import")
+    parser.add_argument("--lpips_out", metavar="FILE", help="take LPIPS out of the checkpoint into this .safetensors")
+    args = parser.parse_args(argv)
+    try:
+        if args.to:
+            if args.yaml or args.lpips_out:
+                raise UserError("--to=torch: takes no --yaml and no --lpips_out")
+            export_workdir(args.checkpoint, args.out)
+        else:
+            import_checkpoint(args.checkpoint, args.yaml, args.out, args.lpips_out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
