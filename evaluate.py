@@ -31,12 +31,6 @@ from vqgan_jax.sampling.strategies import Strategy, row_keys
 from vqgan_jax.train import code_cache, setup
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "Workdir of either trainer.")
-flags.DEFINE_string("out", None, "JSON file to write.")
-flags.DEFINE_integer("batch", 32, "Images scored at once.", lower_bound=1)
-flags.DEFINE_integer("examples", 0, "Held-out images to score; 0 = all.", lower_bound=0)
-flags.DEFINE_integer("samples", 256, "Images to sample for the class agreement; 0 = none.", lower_bound=0)
-flags.DEFINE_integer("seed", 0, "Of the samples and the classifier.")
 
 CLASSIFIER_IMAGES, CLASSIFIER_STEPS = 4096, 200
 
@@ -134,7 +128,18 @@ def read_images(source: Any, transform: Any, most: int) -> tuple[np.ndarray, np.
     return images.to_uint8(np.stack([row["image"] for row in rows])), np.stack([row["label"] for row in rows])
 
 
+def define_flags() -> None:
+    """The flags of this script."""
+    flags.DEFINE_string("workdir", None, "Workdir of either trainer.")
+    flags.DEFINE_string("out", None, "JSON file to write.")
+    flags.DEFINE_integer("batch", 32, "Images scored at once.", lower_bound=1)
+    flags.DEFINE_integer("examples", 0, "Held-out images to score; 0 = all.", lower_bound=0)
+    flags.DEFINE_integer("samples", 256, "Images to sample for the class agreement; 0 = none.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Of the samples and the classifier.")
+
+
 if __name__ == "__main__":
+    define_flags()
     cli.run(
         lambda: evaluate(
             FLAGS.workdir,

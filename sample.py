@@ -18,18 +18,6 @@ from vqgan_jax.sampling.sampler import make_sampler
 from vqgan_jax.sampling.strategies import Strategy, row_keys
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "Workdir of train_transformer.py, or an imported transformer.")
-flags.DEFINE_string("out", None, "Folder to write to.")
-flags.DEFINE_integer("number", 16, "How many images.", lower_bound=1)
-flags.DEFINE_integer("batch", 16, "Images sampled at once.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Seed of the run; image i depends on the seed and on i alone.")
-flags.DEFINE_float("temperature", 1.0, "Divides the logits: below 1 is safer, above 1 wilder.", lower_bound=1e-6)
-flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest codes only; 0 = from all.", lower_bound=0)
-flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest codes that hold this share; 1 = from all.", 0.0, 1.0)
-flags.DEFINE_bool("greedy", False, "Take the likeliest code always.")
-flags.DEFINE_list("classes", [], "Class names or numbers to sample, in turn; all by default.")
-flags.DEFINE_string("size", "", "HEIGHTxWIDTH in pixels, each at least the trained size; the trained size by default.")
-flags.DEFINE_bool("best", True, "The best checkpoint by validation NLL; --nobest takes the newest.")
 
 
 def sample(
@@ -114,7 +102,26 @@ def sheet(pictures: np.ndarray, labels: np.ndarray, names: list[str], most: int 
     return images.labelled_rows({names[k]: pictures[labels == k][:most] for k in np.unique(labels)})
 
 
+def define_flags() -> None:
+    """The flags of this script."""
+    flags.DEFINE_string("workdir", None, "Workdir of train_transformer.py, or an imported transformer.")
+    flags.DEFINE_string("out", None, "Folder to write to.")
+    flags.DEFINE_integer("number", 16, "How many images.", lower_bound=1)
+    flags.DEFINE_integer("batch", 16, "Images sampled at once.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of the run; image i depends on the seed and on i alone.")
+    flags.DEFINE_float("temperature", 1.0, "Divides the logits: below 1 is safer, above 1 wilder.", lower_bound=1e-6)
+    flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest codes only; 0 = from all.", lower_bound=0)
+    flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest codes that hold this share; 1 = from all.", 0.0, 1.0)
+    flags.DEFINE_bool("greedy", False, "Take the likeliest code always.")
+    flags.DEFINE_list("classes", [], "Class names or numbers to sample, in turn; all by default.")
+    flags.DEFINE_string(
+        "size", "", "HEIGHTxWIDTH in pixels, each at least the trained size; the trained size by default."
+    )
+    flags.DEFINE_bool("best", True, "The best checkpoint by validation NLL; --nobest takes the newest.")
+
+
 if __name__ == "__main__":
+    define_flags()
     cli.run(
         lambda: sample(
             FLAGS.workdir,

@@ -1,0 +1,305 @@
+"""The four stories end to end on tiny models, as a user runs them: train, resume, move, score, sample, and mistakes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+import evaluate
+import sample
+import train_transformer
+import train_vqgan
+from configs import common, demo_transformer, demo_vqgan
+from vqgan_jax import cli, pretrained
+from vqgan_jax.config import UserError
+from vqgan_jax.train.checkpoints import load
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Rendered scenes go to a folder of the tests."""
+    os.environ["VQGAN_JAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    del os.environ["VQGAN_JAX_CACHE"]
+
+
+def tiny_run(config: ConfigDict, steps: str) -> ConfigDict:
+    config.steps, config.batch_size, config.eval_examples, config.images_shown = steps, 8, 16, 8
+    config.log_every, config.eval_every, config.save_every, config.images_every = "1", "2", "2", "2"
+    config.data.train_examples, config.data.val_examples, config.data.image_size = 32, 16, 16
+    return config
+
+
+def vqgan_config(steps: str = "4") -> ConfigDict:
+    config = tiny_run(demo_vqgan.get_config(), steps)
+    ae = config.model.autoencoder
+    ae.resolution, ae.channels, ae.multipliers, ae.z_channels, ae.mid_attention = 16, 32, (1, 1), 32, False
+    config.model.quantizer = common.ema(16, 8)
+    config.model.discriminator = ConfigDict(dict(enabled=True, channels=8, layers=2, norm="batch"))
+    config.loss.adversarial_start = "1"
+    config.optimizer.warmup, config.optimizer.hold = "0", "0"
+    return config
+
+
+def transformer_config(vqgan: Path, steps: str = "4") -> ConfigDict:
+    config = tiny_run(demo_transformer.get_config(), steps)
+    config.vqgan = str(vqgan)
+    gpt = config.model.transformer
+    gpt.layers, gpt.heads, gpt.width, gpt.residual_dropout = 1, 2, 32, 0.1
+    config.model.grid = (4, 4)
+    config.optimizer.warmup = "0"
+    return config
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Both stages, trained for four steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    train_vqgan.train(vqgan_config(), str(folder / "vqgan"))
+    train_transformer.train(transformer_config(folder / "vqgan"), str(folder / "gpt"))
+    return folder
+
+
+def logged(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_its_users_expect(runs):
+    for name, metrics in (
+        ("vqgan", {"loss", "l1", "adaptive_weight", "logits_real", "codebook_perplexity", "grad_norm/generator"}),
+        ("gpt", {"loss", "nll", "bits", "accuracy", "grad_norm/transformer", "tokens/s"}),
+    ):
+        workdir = runs / name
+        lines = logged(workdir)
+        assert metrics | {"learning_rate", "images/s", "data_wait_seconds"} <= set().union(*lines)
+        assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+        assert list((workdir / "images").glob("*_00000004.png"))
+        assert list((workdir / "tensorboard").iterdir())
+        assert json.loads((workdir / "config.json").read_text())["seed"] == 0
+        assert "versions" in json.loads((workdir / "run" / "0.json").read_text())
+
+
+def arrays(workdir: Path) -> dict:
+    return load(workdir / "checkpoints")[0]
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "gpt"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(runs, tmp_path, stage):
+    train = {"vqgan": train_vqgan.train, "gpt": train_transformer.train}[stage]
+    workdir = tmp_path / stage
+    shutil.copytree(runs / stage, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "4")  # as if it had been stopped after step 2
+    config = vqgan_config() if stage == "vqgan" else transformer_config(runs / "gone")
+    train(config, str(workdir))
+    jax.tree.map(np.testing.assert_array_equal, arrays(runs / stage), arrays(workdir))
+    for before, after in zip(logged(runs / stage), logged(workdir), strict=True):
+        speeds = {"time", "images/s", "tokens/s", "step_seconds", "step_seconds_p99", "data_wait_seconds"}
+        assert {k: v for k, v in before.items() if k not in speeds} == {
+            k: v for k, v in after.items() if k not in speeds
+        }
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(runs, tmp_path, caplog):
+    workdir = tmp_path / "vqgan"
+    shutil.copytree(runs / "vqgan", workdir)
+    victim = max((workdir / "checkpoints" / "4" / "state").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(bytes(data))
+    train_vqgan.train(vqgan_config(), str(workdir))
+    assert any("4" in record.getMessage() and "damaged" in record.getMessage() for record in caplog.records)
+    jax.tree.map(np.testing.assert_array_equal, arrays(runs / "vqgan"), arrays(workdir))
+
+
+def test_samples_are_those_of_their_seed_and_index(runs, tmp_path):
+    asked = dict(number=5, seed=7, classes=["3", "noon_lake"])
+    together = sample.sample(str(runs / "gpt"), str(tmp_path / "a"), batch=5, **asked)
+    apart = sample.sample(str(runs / "gpt"), str(tmp_path / "b"), batch=2, **asked)
+    np.testing.assert_array_equal(together, apart)
+    with np.load(tmp_path / "a" / "samples.npz") as file:
+        np.testing.assert_array_equal(file["arr_0"], together)
+        assert file["arr_0"].dtype == np.uint8 and file["label"].tolist()[::2] == [3, 3, 3]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a" / "000004.png")), together[4])
+    assert (tmp_path / "a" / "grid.png").exists()
+
+
+def test_larger_sizes_slide_and_a_moved_workdir_still_samples(runs, tmp_path):
+    shutil.copytree(runs / "gpt", tmp_path / "moved")
+    made = sample.sample(str(tmp_path / "moved"), str(tmp_path / "out"), number=2, batch=2, size="16x40")
+    assert made.shape == (2, 16, 40, 3)
+
+
+def test_evaluate_scores_both_stages(runs, tmp_path):
+    scored = dict(batch=8, examples=0, samples=8, seed=0)
+    first = evaluate.evaluate(str(runs / "vqgan"), str(tmp_path / "v.json"), **scored)
+    assert {"val_psnr", "val_ssim", "codebook_usage", "codebook_perplexity", "val_psnr_p10"} <= set(first)
+    second = evaluate.evaluate(str(runs / "gpt"), str(tmp_path / "g.json"), **scored)
+    assert {"val_nll", "table_nll", "histogram_entropy", "class_agreement"} <= set(second)
+    assert second["val_psnr"] == pytest.approx(first["val_psnr"], rel=1e-5)
+    assert json.loads((tmp_path / "g.json").read_text()) == second
+    assert (tmp_path / "reconstructions.png").exists()
+
+
+def test_init_from_takes_parameters_and_starts_at_step_zero(runs, tmp_path):
+    config = vqgan_config("2")
+    config.init_from = str(runs / "vqgan")
+    config.optimizer.learning_rate = 0.0
+    state = train_vqgan.train(config, str(tmp_path / "tuned"))
+    assert int(state.step) == 2
+    theirs = pretrained.load_trained(runs / "vqgan", key="k", kind="vqgan").ema["generator"]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params["generator"]), theirs)
+
+
+def test_a_step_over_the_budget_of_non_finite_ones_stops_the_run(tmp_path):
+    config = vqgan_config("4")
+    config.optimizer.learning_rate, config.optimizer.clip_norm = 1e30, 0.0
+    with pytest.raises(UserError, match=r"step \d"):
+        train_vqgan.train(config, str(tmp_path / "w"))
+    assert list((tmp_path / "w" / "nonfinite").glob("*.npz"))
+
+
+def test_a_folder_of_images_trains(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 8)):
+        for k in range(count):
+            path = tmp_path / "data" / split / f"class {k % 2}" / f"{k}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)).save(path)
+    (tmp_path / "data" / "train" / "class 0" / "broken.jpg").write_bytes(b"\xff\xd8 no image")
+    config = vqgan_config("2")
+    config.data = common.data("folder")
+    config.data.path, config.data.image_size, config.data.max_corrupt_share = str(tmp_path / "data"), 16, 0.5
+    state = train_vqgan.train(config, str(tmp_path / "w"))
+    assert int(state.step) == 2
+
+
+def broken(change) -> ConfigDict:
+    config = vqgan_config("2")
+    change(config)
+    return config
+
+
+def put(config: ConfigDict, key: str, value) -> None:
+    *parents, name = key.split(".")
+    for parent in parents:
+        config = config[parent]
+    with config.ignore_type():
+        config[name] = value
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data.source": "folder", "data.path": "/nowhere/at/all"}, "config.data.path"),
+        ({"data.source": "folder"}, "config.data.path"),
+        ({"data.source": "scene"}, "config.data.source: unknown name 'scene', did you mean 'scenes'"),
+        ({"data.image_size": 18}, "config.data.image_size: 18 does not divide"),
+        ({"batch_size": 12}, "config.batch_size: 12 examples do not divide over 8 devices"),
+        ({"accumulation": 3}, "config.accumulation"),
+        ({"mesh.fsdp": 3}, "config.mesh"),
+        ({"dtype": "float61"}, "config.dtype: unknown name 'float61'"),
+        ({"steps": "soon"}, "config.steps: 'soon' is no duration"),
+        ({"model.quantizer.name": "emma"}, "config.model.quantizer.name: unknown name 'emma'"),
+        ({"model.quantizer.codebook_siez": 3}, "unknown key 'codebook_siez', did you mean 'codebook_size'"),
+        ({"loss.schedule": "both"}, "config.loss.schedule"),
+        ({"model.autoencoder.channels": 20}, "multiple of 32"),
+        ({"init_from": "/nowhere"}, "config.init_from"),
+        ({"profile": "ten"}, "config.profile"),
+        ({"loss.perceptual_weight": 1.0, "lpips.vgg": "/no/vgg.pth"}, "vgg"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_key(tmp_path, changes, message):
+    def change(config):
+        for key, value in changes.items():
+            put(config, key, value)
+
+    with pytest.raises(UserError, match=message) as error:
+        train_vqgan.train(broken(change), str(tmp_path / "w"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_workdir_of_another_model_is_refused(runs, tmp_path):
+    shutil.copytree(runs / "vqgan", tmp_path / "w")
+    config = vqgan_config("8")
+    config.model.quantizer.codebook_size = 32
+    with pytest.raises(UserError, match="codebook_size: 32 here, 16 there"):
+        train_vqgan.train(config, str(tmp_path / "w"))
+    config = vqgan_config("4")
+    config.optimizer.learning_rate = 5.0  # anything else may change
+    train_vqgan.train(config, str(tmp_path / "w"))
+
+
+def test_mistakes_of_stage_two(runs, tmp_path):
+    config = transformer_config(runs / "vqgan", "2")
+    config.model.condition.classes = 3
+    with pytest.raises(UserError, match="config.model.condition.classes: the model has 3, the data set 8"):
+        train_transformer.train(config, str(tmp_path / "a"))
+    config = transformer_config(runs / "vqgan", "2")
+    config.model.grid = (8, 8)
+    with pytest.raises(UserError, match="config.model.grid"):
+        train_transformer.train(config, str(tmp_path / "b"))
+    with pytest.raises(UserError, match="config.vqgan: name the workdir"):
+        train_transformer.train(transformer_config(Path(""), "2") | {"vqgan": ""}, str(tmp_path / "c"))
+    with pytest.raises(UserError, match="config.vqgan=.*holds a transformer"):
+        train_transformer.train(transformer_config(runs / "gpt", "2"), str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(size="16y40"), "write HEIGHTxWIDTH"),
+        (dict(size="18x40"), "multiples of 4"),
+        (dict(size="8x40"), "below the 4x4"),
+        (dict(classes=["castle"]), "no class 'castle'"),
+    ],
+)
+def test_mistakes_in_sampling(runs, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        sample.sample(str(runs / "gpt"), str(tmp_path), number=1, **arguments)
+
+
+def test_a_vqgan_alone_cannot_be_sampled(runs, tmp_path):
+    with pytest.raises(UserError, match="holds a vqgan, a transformer is needed"):
+        sample.sample(str(runs / "vqgan"), str(tmp_path), number=1)
+
+
+def run_script(*argv: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    return subprocess.run(
+        [sys.executable, *argv], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--config=configs/demo_vqgan.py", "--workdir={tmp}", "--config.batch_siez=4"], "batch_size"),
+        (["--config=configs/demo_vqgan.py:runlocl", "--workdir={tmp}"], "did you mean 'runlocal'"),
+        (["--config=configs/nothing.py", "--workdir={tmp}"], "nothing.py"),
+        (["--config=configs/demo_vqgan.py", "--workdir=/proc/none"], "--workdir=/proc/none: cannot be written"),
+        (["--config=configs/demo_vqgan.py"], "--workdir is missing"),
+        (["--config=configs/demo_vqgan.py", "--workdir={tmp}", "--config.batch_size=many"], "batch_size"),
+    ],
+)
+def test_mistakes_on_the_command_line(tmp_path, argv, message):
+    done = run_script("train_vqgan.py", *(text.format(tmp=tmp_path) for text in argv))
+    assert done.returncode == cli.FAILED, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith("error: ") and message in lines[-1], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train_vqgan.py", "train_transformer.py", "sample.py", "evaluate.py"])
+def test_help_teaches(script):
+    done = run_script(script, "--help")
+    assert f"python {script} --" in done.stdout and "--workdir" in done.stdout
