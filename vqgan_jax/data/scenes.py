@@ -70,7 +70,7 @@ _COLOURS = {  # one column a time, in the order of _TIMES
     "leaf_shade": _rgb("2c6a34 35332c 0c2424 466660"),
     "wood": _rgb("6b4a2f 3a2a26 15161c 5b4a42"),
     "wall": _rgb("ecdcbc d79a78 565a74 a06c4e"),
-    "roof": _rgb("b5523b 7a3a3a 40303f f2f5f8"),
+    "roof": _rgb("b5523b 7a3a3a 40303f d3deec"),
     "window": _rgb("506680 ffd98a ffd873 ffd98c"),
 }
 _TABLE = np.stack(list(_COLOURS.values()), 1)  # [times, colours, 3]
@@ -252,7 +252,7 @@ def _paint_lake(canvas: _Canvas, colours: _Palette, land: _Land) -> None:
     source = np.clip(source, 0, max(first - 1, 0))
     row, column = source.astype(np.int32), np.arange(canvas.width)
     upper, lower = canvas.colour[:, row, column], canvas.colour[:, np.minimum(row + 1, canvas.height - 1), column]
-    body = upper + (source - row) * (lower - upper)
+    body = upper + source % 1 * (lower - upper)
     body += (0.3 + 0.3 * near) * (colours.water[:, None, None] - body)
     body *= 1 + 0.05 * near * ripple
     window = (slice(first, None), slice(None))
@@ -282,7 +282,7 @@ def _paint_tree(canvas: _Canvas, colours: _Palette, stand: _Stand, depth: float,
     else:
         crown = np.maximum(0.29 - np.hypot(u, v - 0.7), 0.2 - np.hypot(np.abs(u) - 0.17, v - 0.56))
         lit = 0.5 + 1.1 * (v - 0.66) + 1.3 * light * u
-    trunk = np.minimum(0.045 - np.abs(u), np.minimum(v, 0.5 - v))
+    trunk = np.minimum(0.055 - np.abs(u), np.minimum(v, 0.5 - v))
     leaves = _mix(colours.leaf_shade, colours.leaf, np.clip(lit, 0, 1))
     thing = canvas.add("tree")
     canvas.paint(thing, canvas.cover(trunk * size), colours.wood, depth, window)
