@@ -73,7 +73,7 @@ def spread_cpu() -> None:
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if (devices := jax.config.jax_num_cpu_devices) > 1:
-        os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 8 * devices)))
+        os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 4 * devices)))
 
 
 def fail(message: str) -> None:

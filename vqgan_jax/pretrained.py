@@ -1,4 +1,7 @@
-"""The front door: trained models from our workdirs and portable stages, ready to use."""
+"""The front door: trained models from our workdirs, portable stages and the reference's checkpoints, ready to use.
+
+`load_vqgan` and `load_transformer` are for notebooks (what they return: front_door.py), the rest for the scripts.
+"""
 
 import dataclasses
 import functools
@@ -14,7 +17,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from vqgan_jax.config import UserError, upgrade
-from vqgan_jax.convert import names
+from vqgan_jax.convert import names, reference
+from vqgan_jax.front_door import PretrainedTransformer, PretrainedVQGAN
 from vqgan_jax.models.gpt import split_layers
 from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
@@ -48,10 +52,10 @@ class Trained:
 
 
 def load_trained(path: str | Path, *, key: str, kind: str, best: bool = False) -> Trained:
-    """Reads a run's newest whole checkpoint, or a portable stage.
+    """Reads a run's newest whole checkpoint, a portable stage, or a file of the reference.
 
     Args:
-      path: a workdir of ours, or a folder with `stage.json`.
+      path: a workdir of ours, a folder with `stage.json`, or a .ckpt of the reference with its YAML beside it.
       key: the flag or config key that named it, for the error's text.
       kind: "vqgan" or "transformer", what it must be.
       best: the best checkpoint by the run's metric instead of the newest.
@@ -60,6 +64,8 @@ def load_trained(path: str | Path, *, key: str, kind: str, best: bool = False) -
       UserError: nothing there, another kind, or damaged.
     """
     path = Path(path)
+    if path.is_file():
+        return _read_reference(path, key, kind, (reference.ROOT,))[reference.ROOT]
     if (path / checkpoints.STAGE_RECORD).exists():
         tree, record = checkpoints.read_stage(path)
     elif (path / CHECKPOINTS).is_dir():
@@ -67,16 +73,35 @@ def load_trained(path: str | Path, *, key: str, kind: str, best: bool = False) -
     else:
         raise UserError(f"{key}={path}: no workdir there (no checkpoints/ and no {checkpoints.STAGE_RECORD})")
     record = upgrade(record)
-    if record["kind"] != kind:
-        raise UserError(f"{key}={path}: holds a {record['kind']}, a {kind} is needed")
+    _check_kind(path, key, record["kind"], kind)
     return Trained(record, tree.get("params", {}), tree.get("collections", {}), tree.get("ema", {}))
+
+
+def _check_kind(path: Path, key: str, found: str, needed: str) -> None:
+    if found != needed:
+        raise UserError(f"{key}={path}: holds a {found}, a {needed} is needed")
+
+
+def _read_reference(path: Path, key: str, kind: str, folders: tuple[str, ...]) -> dict[str, Trained]:
+    """The stages of a checkpoint of the reference, as far as it has them."""
+    with reference.open_checkpoint(path) as opened:
+        _check_kind(path, key, opened.kind, kind)
+        trees = {name: opened.read(name) for name in folders if name in opened.stages}
+        return {
+            name: Trained(opened.stages[name].record, tree["params"], tree.get("collections", {}), {})
+            for name, tree in trees.items()
+        }
 
 
 def load_tokenizer(path: str | Path, *, key: str, dtype: Any = jnp.float32) -> tuple[Tokenizer, Tree, Trained]:
     """A trained VQGAN as tokenizer, its variables (numpy), and what it was read from."""
     trained = load_trained(path, key=key, kind="vqgan")
-    config = VQGANConfig.from_config(trained.model_config, key=f"{path}: model")
-    return Tokenizer(VQGAN(config, dtype)), trained.variables("generator"), trained
+    return make_tokenizer(trained, path, dtype), trained.variables("generator"), trained
+
+
+def make_tokenizer(trained: Trained, path: str | Path, dtype: Any) -> Tokenizer:
+    """The tokenizer of a VQGAN that was read from `path`."""
+    return Tokenizer(VQGAN(VQGANConfig.from_config(trained.model_config, key=f"{path}: model"), dtype))
 
 
 def write_stage(directory: Path, trained: Trained, network: str) -> None:
@@ -145,14 +170,19 @@ def adopt_stages(config: ConfigDict, workdir: Path, dtype: Any) -> Stages:
 
 def open_stages(workdir: Path, dtype: Any) -> Stages:
     """Opens the copies of the frozen stages in a stage-2 workdir."""
-    folder = workdir / FIRST_STAGE
-    first, variables, _ = load_tokenizer(folder, key="--workdir", dtype=dtype)
-    frozen, digest, cond = {"first_stage": variables}, {FIRST_STAGE: _digest(folder)}, None
-    folder = workdir / COND_STAGE
-    if folder.exists():
-        cond, variables, _ = load_tokenizer(folder, key="--workdir", dtype=dtype)
-        frozen[f"cond/{cond.config.input_key}"] = variables
-        digest[COND_STAGE] = _digest(folder)
+    folders = [name for name in (FIRST_STAGE, COND_STAGE) if name == FIRST_STAGE or (workdir / name).exists()]
+    stages = {name: load_trained(workdir / name, key="--workdir", kind="vqgan") for name in folders}
+    return _stages(workdir, stages, {name: _digest(workdir / name) for name in folders}, dtype)
+
+
+def _stages(path: Path, trained: Mapping[str, Trained], digest: dict[str, str], dtype: Any) -> Stages:
+    first, cond = (
+        make_tokenizer(trained[name], path / name, dtype) if name in trained else None
+        for name in (FIRST_STAGE, COND_STAGE)
+    )
+    frozen = {"first_stage": trained[FIRST_STAGE].variables("generator")}
+    if cond is not None:
+        frozen[f"cond/{cond.config.input_key}"] = trained[COND_STAGE].variables("generator")
     return Stages(first, cond, frozen, digest)
 
 
@@ -179,10 +209,27 @@ class TrainedTransformer:
 def open_transformer(
     workdir: str | Path, *, key: str, best: bool = True, dtype: Any = jnp.float32
 ) -> TrainedTransformer:
-    """Opens a stage-2 workdir for sampling and scoring, by default its best checkpoint."""
+    """Opens a stage-2 workdir for sampling and scoring, by default its best checkpoint; or a file of the reference."""
     workdir = Path(workdir)
-    trained = load_trained(workdir, key=key, kind="transformer", best=best)
-    stages = open_stages(workdir, dtype)
+    if workdir.is_file():
+        read = _read_reference(workdir, key, "transformer", (reference.ROOT, FIRST_STAGE, COND_STAGE))
+        trained = read.pop(reference.ROOT)
+        stages = _stages(workdir, read, dict.fromkeys(read, trained.record["imported"]["sha256"]), dtype)
+    else:
+        trained = load_trained(workdir, key=key, kind="transformer", best=best)
+        stages = open_stages(workdir, dtype)
     config = TransformerConfig.from_config(trained.model_config, key=f"{workdir}: model")
     model = ImageTransformer(config, stages.first, stages.cond, dtype)
     return TrainedTransformer(model, trained.variables("transformer")["params"], stages.frozen, stages, trained.record)
+
+
+def load_vqgan(path: str | Path) -> PretrainedVQGAN:
+    """A trained VQGAN from a workdir, an imported directory, or a .ckpt of the reference (YAML of the same stem)."""
+    tokenizer, variables, _ = load_tokenizer(path, key="path")
+    return PretrainedVQGAN(tokenizer, variables)
+
+
+def load_transformer(path: str | Path) -> PretrainedTransformer:
+    """A trained transformer with its stages, from the same kinds of places as `load_vqgan`."""
+    trained = open_transformer(path, key="path")
+    return PretrainedTransformer(trained.model, trained.params, trained.frozen)

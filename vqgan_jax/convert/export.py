@@ -9,6 +9,7 @@ import numpy as np
 import yaml
 from flax.traverse_util import flatten_dict
 
+from vqgan_jax import conditioning
 from vqgan_jax.config import UserError
 from vqgan_jax.convert import detect, names
 from vqgan_jax.convert.reference import PREFIXES, Slot, transformer_slots, vqgan_slots
@@ -22,7 +23,6 @@ from vqgan_jax.train.setup import COND_STAGE, FIRST_STAGE
 from vqgan_jax.transformer import ImageTransformer
 
 Tree = Mapping[str, Any]
-_INT64, _FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
 _THEIR_KEYS = {ours: theirs for theirs, ours in reversed(detect.BATCH_KEYS.items())}
 
 
@@ -56,7 +56,9 @@ def export_transformer(path: Path, model: ImageTransformer, params: Tree, stages
       UserError: something that the reference has no name for.
     """
     if not model.config.shared_vocabulary:
-        raise UserError("--to=torch: the reference knows no model.shared_vocabulary=False: its conditions share the codes' ids")
+        raise UserError(
+            "--to=torch: the reference knows no model.shared_vocabulary=False: its conditions share the codes' ids"
+        )
     entries = [entry for name, stage in stages.items() for entry in _vqgan_entries(stage, PREFIXES[name])]
     entries += _entries(transformer_slots(model), {"params": {"transformer": params}})
     gpt = model.gpt
@@ -106,7 +108,8 @@ def _vqgan_entries(network: Network, prefix: str) -> Iterator[Entry]:
             name = f"{prefix}loss.discriminator.main.{3 * k}.num_batches_tracked"
             yield _constant(name, np.zeros((), np.int64))
     if config.input_key == "segmentation":
-        yield _constant(f"{prefix}colorize", np.zeros((3, config.autoencoder.in_channels, 1, 1), np.float32))
+        colours = np.random.RandomState(0).standard_normal((3, config.autoencoder.in_channels, 1, 1))
+        yield _constant(f"{prefix}colorize", colours.astype(np.float32))
 
 
 def _entries(slots: tuple[Slot, ...], arrays: Tree) -> Iterator[Entry]:
@@ -206,23 +209,23 @@ def _transformer_sections(model: ImageTransformer, stages: Mapping[str, Network]
     grid = dict(zip("HW", model.config.grid, strict=True))
     permuter = {"target": f"taming.modules.transformer.permuter.{order}"}
     params["permuter_config"] = permuter if order == "Identity" else {**permuter, "params": grid}
-    match type(condition).__name__:
-        case "Unconditional":
+    match condition:
+        case conditioning.Unconditional():
             params |= {"cond_stage_config": "__is_unconditional__", "unconditional": True}
-        case "ClassLabel":
+        case conditioning.ClassLabel():
             stage = {"target": "taming.modules.util.Labelator", "params": {"n_classes": condition.classes}}
             params |= {"cond_stage_key": "class_label", "cond_stage_config": stage}
-        case "EncodedImage":
+        case conditioning.EncodedImage():
             stage = _vqgan_section(stages[COND_STAGE], stage=True)
             params |= {"cond_stage_key": stage["params"]["image_key"], "cond_stage_config": stage}
-        case "Coordinates":
+        case conditioning.Coordinates():
             c = condition.config
             if c.scheme != "raster":
                 raise UserError("--to=torch: the reference knows coordinates of model.condition.scheme='raster' only")
             stage = {"target": "taming.modules.misc.coord.CoordStage"}
             stage["params"] = {"n_embed": c.codes, "down_factor": c.factor}
             params |= {"cond_stage_key": "coord", "cond_stage_config": stage}
-        case "Objects":
+        case conditioning.Objects():
             c = condition.config
             key = next(theirs for theirs, ours in detect.OBJECT_KEYS.items() if ours == c.kind)
             stage = {"target": "taming.models.dummy_cond_stage.DummyCondStage", "params": {"conditional_key": key}}

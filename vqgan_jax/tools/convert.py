@@ -49,19 +49,19 @@ def export_workdir(workdir: str, out: str) -> None:
     path, target = Path(workdir), Path(out)
     if path.is_file():
         raise UserError(f"--checkpoint={workdir}: is a file; --to=torch takes a working directory or an imported one")
-    if pretrained.kind_of(path, key="--checkpoint") == "vqgan":
-        export.export_vqgan(target, _network(path, "--checkpoint"))
-    else:
+    folders = {name: path / name for name in (FIRST_STAGE, COND_STAGE) if (path / name).exists()}
+    if folders:
         trained = pretrained.open_transformer(path, key="--checkpoint")
-        folders = {name: path / name for name in (FIRST_STAGE, COND_STAGE) if (path / name).exists()}
-        stages = {name: _network(folder, "--checkpoint") for name, folder in folders.items()}
+        stages = {name: _network(folder) for name, folder in folders.items()}
         export.export_transformer(target, trained.model, trained.params, stages)
+    else:
+        export.export_vqgan(target, _network(path))
     print(f"wrote {target} and {target.with_suffix('.yaml')}")
 
 
-def _network(path: Path, key: str) -> export.Network:
+def _network(path: Path) -> export.Network:
     """A VQGAN with its EMA parameters as the parameters, and its discriminator where it has one."""
-    tokenizer, _, trained = pretrained.load_tokenizer(path, key=key)
+    tokenizer, _, trained = pretrained.load_tokenizer(path, key="--checkpoint")
     arrays = {"params": {**trained.params, **trained.ema}, "collections": trained.collections}
     return export.Network(tokenizer.config, arrays)
 

@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, FormatStrFormatter, NullFormatter
 from PIL import Image
 
 from vqgan_jax.config import UserError
@@ -47,35 +47,39 @@ FIGURES = {
     ),
     "class_agreement": ("Class agreement", "%", "samples that a classifier of real images takes for the class asked"),
     "classifier_accuracy": ("Classifier accuracy", "%", "of that classifier, on held-out real images"),
-    "images": ("Held-out images", "", "scored"),
+    "val_images": ("Held-out images", "", "scored"),
+    "val_tokens": ("Held-out tokens", "", "scored"),
+    "class_samples": ("Classified samples", "", "for the class agreement"),
+    "step": ("Steps", "", "done at the last score"),
     "seconds": ("Wall time", "s", "of all commands, all starts together"),
 }
 FIGURES |= {f"val_{name}": FIGURES[name] for name in ("codebook_usage", "codebook_perplexity")}
 
 PICTURES = {
     "reconstructions.png": ("Reconstructions", "held-out images and what the VQGAN makes of their codes"),
-    "samples.png": ("Samples", "drawn by the transformer, the same number for each class"),
+    "samples.png": ("Samples", "drawn by the transformer, one row a class"),
     "panorama.png": ("Panoramas", "wider than anything seen in training: the transformer's window slides along"),
 }
 
 
 class Panel(NamedTuple):
-    """One plot: the metrics it shows where a run logged them, their unit, and whether to prefer a logarithmic axis."""
+    """One plot: the metrics it shows where a run logged them, their unit, and its axis: "log" where all are positive
+    and far apart, "zero" from 0 up."""
 
     title: str
     unit: str
     names: tuple[str, ...]
-    log: bool = False
+    scale: Literal["linear", "log", "zero"] = "linear"
 
 
 _VQGAN_PANELS = (
-    Panel("Losses", "", ("loss", "l1", "bce", "lpips", "quantizer_loss"), log=True),
+    Panel("Losses", "", ("loss", "l1", "bce", "lpips", "quantizer_loss"), scale="log"),
     Panel("PSNR", "dB", ("val/psnr", "val/psnr_p10")),
     Panel("Codebook usage", "share of the codes", ("codebook_usage", "val/codebook_usage")),
     Panel("Codebook perplexity", "codes", ("codebook_perplexity", "val/codebook_perplexity")),
     Panel("Discriminator logits", "", ("logits_real", "logits_fake")),
     Panel("Adversarial losses", "", ("generator_loss", "discriminator_loss")),
-    Panel("Adaptive weight", "", ("adaptive_weight",), log=True),
+    Panel("Adaptive weight", "", ("adaptive_weight",), scale="log"),
 )
 _TRANSFORMER_PANELS = (
     Panel("Negative log-likelihood", "nats a token", ("nll", "val/nll")),
@@ -83,9 +87,9 @@ _TRANSFORMER_PANELS = (
 )
 _SHARED_PANELS = (
     Panel("Learning rate", "", ("learning_rate", "learning_rate/generator", "learning_rate/discriminator")),
-    Panel("Gradient norm", "", ("grad_norm", "grad_norm/generator", "grad_norm/discriminator"), log=True),
-    Panel("Speed", "images a second", ("images/s",)),
-    Panel("Seconds a step", "s", ("step_seconds", "data_wait_seconds"), log=True),
+    Panel("Gradient norm", "", ("grad_norm", "grad_norm/generator", "grad_norm/discriminator"), scale="log"),
+    Panel("Speed", "images a second", ("images/s",), scale="zero"),
+    Panel("Seconds a step", "s", ("step_seconds", "data_wait_seconds"), scale="zero"),
 )
 _BASELINE = ("Negative log-likelihood", "table_nll")  # the panel that shows it, and the figure's name
 
@@ -145,6 +149,8 @@ figcaption { font-size: .88rem; }
 figcaption b { color: var(--ink); }
 .pictures { display: flex; flex-wrap: wrap; gap: 1.6rem; align-items: start; }
 .pictures img { display: block; max-width: 100%; height: auto; margin-bottom: .5rem; border-radius: 6px; }
+.pictures .wide { width: 100%; }
+.pictures .wide img { width: 100%; }
 .pictures img.enlarged { image-rendering: pixelated; }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
 .curves figure { padding: .8rem; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
@@ -156,6 +162,8 @@ figcaption b { color: var(--ink); }
 details { margin: .8rem 0; }
 summary { cursor: pointer; }
 details > pre, details > table { margin-top: .6rem; }
+@media (max-width: 40rem) { tr { display: block; padding: .5rem 0; border-bottom: 1px solid var(--line); }
+  th, td { display: block; padding: 0; border: 0; } }
 @media print { button { display: none; } }
 """
 
@@ -367,11 +375,16 @@ def _number(value: float, unit: str = "") -> str:
 def _summary_table(summary: Mapping[str, Any]) -> str:
     rows = []
     for name, value in summary.items():
+        if name.endswith("_stderr"):
+            continue  # shown with its figure
         front, _, base = name.replace("val/", "val_").rpartition("/")
         label, unit, meaning = FIGURES.get(base, (base.replace("_", " "), "", ""))
         if isinstance(value, int | float) and not isinstance(value, bool):
+            error = summary.get(f"{name}_stderr")
             value = _number(value, unit)
             unit = "" if unit == "%" or value.endswith(("s", "min")) else unit
+            if isinstance(error, int | float):
+                unit = f"{unit} ± {_number(error, '%') if value.endswith('%') else f'{error:.2g}'}"
         else:
             value = value if isinstance(value, str) else json.dumps(value)
         where = f' <span class="soft">{_text(front)}</span>' if front else ""
@@ -399,9 +412,10 @@ def _picture(picture: Picture) -> str | None:
     except OSError:
         return None
     scale = max(1, min(4, 520 // max(width, height)))  # small pictures by whole factors, which keep pixels square
+    wide = ' class="wide"' if width > 1.8 * height else ""
     enlarged = ' class="enlarged"' if scale > 1 else ""
     return (
-        f'<figure><img{enlarged} alt="{_text(title)}" width="{width * scale}" height="{height * scale}" '
+        f'<figure{wide}><img{enlarged} alt="{_text(title)}" width="{width * scale}" height="{height * scale}" '
         f'src="data:{kind};base64,{data}"><figcaption><b>{_text(title)}</b> {_text(caption)}</figcaption></figure>'
     )
 
@@ -446,8 +460,10 @@ def _panel(panel: Panel, present: Mapping[str, Series], baseline: float | None) 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(3.7, 2.1), layout="constrained")
         axes = figure.add_subplot()
-        if panel.log and values.size and values.min() > 0 and values.max() > 10 * values.min():
+        if panel.scale == "log" and values.size and values.min() > 0 and values.max() > 30 * values.min():
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         for k, (name, (steps, series)) in enumerate(present.items()):
             points = _thin(steps, series)
             marker = "." if len(points[0]) < 25 else None
@@ -455,7 +471,9 @@ def _panel(panel: Panel, present: Mapping[str, Series], baseline: float | None) 
             keys.append(_key(f"var(--c{k})", name, series[-1]))
         if baseline is not None:
             axes.axhline(baseline, color=_INK, linewidth=1, linestyle="--")
-            keys.append(_key("var(--ink)", _BASELINE[1], baseline, "dashed"))
+            keys.append(_key("var(--soft)", _BASELINE[1], baseline, "dashed"))
+        if panel.scale == "zero":
+            axes.set_ylim(bottom=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel("step")
         buffer = io.StringIO()
@@ -544,6 +562,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_page(out, title=title, **gather(args.folders))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: --out={out}: cannot be written ({error.strerror or error})", file=sys.stderr)
         return 2
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
     return 0
