@@ -151,7 +151,8 @@ def test_a_child_gives_its_code():
     assert demo.run_child([sys.executable, "-c", killed], os.environ) == 128 + signal.SIGKILL
 
 
-def test_a_child_runs_at_the_root_with_its_environment(tmp_path):
+def test_a_child_runs_at_the_root_with_its_environment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     code = f"import os; open({str(tmp_path / 'x')!r}, 'w').write(os.getcwd() + os.environ['GIVEN'])"
     assert demo.run_child([sys.executable, "-c", code], {**os.environ, "GIVEN": "!"}) == 0
     assert (tmp_path / "x").read_text() == f"{demo.ROOT}!"

@@ -65,7 +65,10 @@ def demo(tmp_path):
         record["devices"] = {"kind": "TPU v9", "platform": "tpu", "count": 4, "processes": 1}
         (folder / "vqgan" / "run" / f"{k}.json").write_text(json.dumps(record))
     (folder / "summary.json").write_text(json.dumps({"val_psnr": 25.5, "table_nll": 3.75, "codebook_usage": 0.5}))
-    log = [{"command": f"A=1 python {name}.py", "seconds": 1.0, "exit": code} for name, code in [("x", 0), ("y", 42)]]
+    log = [
+        {"command": f"A=1 python {name}.py", "seconds": 1.0, "exit": code}
+        for name, code in [("x", 0), ("y", 42), ("failed", 3)]
+    ]
     (folder / "commands.json").write_text(json.dumps([*log, log[0], {**log[1], "exit": 0}]))
     save_png(folder / "samples.png", PIXEL)
     return folder
@@ -193,10 +196,19 @@ def test_a_long_curve_is_means_of_equal_stretches():
 
 @pytest.mark.parametrize(
     "value, unit, text",
-    [(0.5, "%", "50.0 %"), (59.2, "s", "59.2"), (553.2, "s", "9 min 13 s"), (7500, "s", "2 h 5 min"), (1024.0, "", "1,024"),
-     (27.2134, "dB", "27.21"), (1.23e-5, "", "1.23e-05"), (12345.67, "", "12,345.7"), (float("nan"), "", "nan"),
-     (float("-inf"), "", "-inf")],
-)  # fmt: skip
+    [
+        (0.5, "%", "50.0 %"),
+        (59.2, "s", "59.2"),
+        (553.2, "s", "9 min 13 s"),
+        (7500, "s", "2 h 5 min"),
+        (1024.0, "", "1,024"),
+        (27.2134, "dB", "27.21"),
+        (1.23e-5, "", "1.23e-05"),
+        (12345.67, "", "12,345.7"),
+        (float("nan"), "", "nan"),
+        (float("-inf"), "", "-inf"),
+    ],
+)
 def test_numbers_to_read(value, unit, text):
     assert report._number(value, unit) == text
 

@@ -105,16 +105,8 @@ def _draw_vectors(key: jax.Array, n: int, z: jax.Array) -> jax.Array:
     return z.reshape(-1, z.shape[-1])[jax.random.randint(key, (n,), 0, math.prod(z.shape[:-1]))]
 
 
-class VectorQuantizer(nn.Module):
-    """Nearest code; the codebook is a parameter."""
-
-    config: VQConfig
-
-    def setup(self) -> None:
-        q, e = self.config.codebook_size, self.config.dim
-        self.codebook = self.param("codebook", lambda key: jax.random.uniform(key, (q, e), minval=-1 / q, maxval=1 / q))
-        if self.config.restart_below:
-            self.usage = self.variable("codebook", "usage", lambda: jnp.ones(q))
+class _Sizes:
+    """The sizes of the contract, read off a quantizer's `config`."""
 
     @property
     def codebook_size(self) -> int:
@@ -126,7 +118,19 @@ class VectorQuantizer(nn.Module):
 
     @property
     def input_dim(self) -> int:
-        return self.config.dim
+        return getattr(self.config, "input_dim", self.dim)
+
+
+class VectorQuantizer(_Sizes, nn.Module):
+    """Nearest code; the codebook is a parameter."""
+
+    config: VQConfig
+
+    def setup(self) -> None:
+        q, e = self.config.codebook_size, self.config.dim
+        self.codebook = self.param("codebook", lambda key: jax.random.uniform(key, (q, e), minval=-1 / q, maxval=1 / q))
+        if self.config.restart_below:
+            self.usage = self.variable("codebook", "usage", lambda: jnp.ones(q))
 
     def codes(self, ids: jax.Array) -> jax.Array:
         return self.codebook[ids]
@@ -148,7 +152,7 @@ class VectorQuantizer(nn.Module):
         return z + jax.lax.stop_gradient(z_q - z), ids, Aux(loss, metrics, counts, restart)
 
 
-class EMAVectorQuantizer(nn.Module):
+class EMAVectorQuantizer(_Sizes, nn.Module):
     """Nearest code; the codebook is a running mean. Starts from the first batch; sums are global over a mesh."""
 
     config: EMAConfig
@@ -158,18 +162,6 @@ class EMAVectorQuantizer(nn.Module):
         self.book = self.variable("codebook", "codes", lambda: jax.random.normal(self.make_rng("params"), (q, e)))
         self.count = self.variable("codebook", "count", lambda: jnp.ones(q))
         self.sum = self.variable("codebook", "sum", lambda: jnp.zeros((q, e)))
-
-    @property
-    def codebook_size(self) -> int:
-        return self.config.codebook_size
-
-    @property
-    def dim(self) -> int:
-        return self.config.dim
-
-    @property
-    def input_dim(self) -> int:
-        return self.config.dim
 
     def codes(self, ids: jax.Array) -> jax.Array:
         return self.book.value[ids]
@@ -201,7 +193,7 @@ class EMAVectorQuantizer(nn.Module):
         return z + jax.lax.stop_gradient(z_q - z), ids, Aux(c.commitment_weight * commitment, metrics, counts)
 
 
-class GumbelQuantizer(nn.Module):
+class GumbelQuantizer(_Sizes, nn.Module):
     """Gumbel-softmax; deterministic (arg max, no noise) in evaluation, where the reference still adds noise."""
 
     config: GumbelConfig
@@ -210,18 +202,6 @@ class GumbelQuantizer(nn.Module):
         q, e = self.config.codebook_size, self.config.dim
         self.logits_layer = Conv(q, 1, padding=(0, 0), name="logits")
         self.codebook = self.param("codebook", nn.initializers.normal(1.0), (q, e))
-
-    @property
-    def codebook_size(self) -> int:
-        return self.config.codebook_size
-
-    @property
-    def dim(self) -> int:
-        return self.config.dim
-
-    @property
-    def input_dim(self) -> int:
-        return self.config.input_dim
 
     def codes(self, ids: jax.Array) -> jax.Array:
         return self.codebook[ids]

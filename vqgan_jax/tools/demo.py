@@ -31,8 +31,8 @@ Runner = Callable[[Sequence[str], Mapping[str, str]], int]  # (argv, environment
 
 
 class Step(NamedTuple):
-    """One command: `python ARGS` with {out} for the demo's folder, the seconds it takes on two cores, and a picture that
-    it makes with the name under which the demo shows it."""
+    """One command: `python ARGS` with {out} for the demo's folder, the seconds it takes on two cores, and a picture
+    that it makes with the name under which the demo shows it."""
 
     title: str
     args: tuple[str, ...]
@@ -142,6 +142,8 @@ def run_child(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     """
     child: subprocess.Popen[bytes] | None = None
     asked = 0
+    if not sys.stderr.isatty():
+        environment = {"TQDM_MININTERVAL": "10", **environment}  # a log keeps every redraw of a bar
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         nonlocal asked

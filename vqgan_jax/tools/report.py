@@ -412,7 +412,7 @@ def _picture(picture: Picture) -> str | None:
     except OSError:
         return None
     scale = max(1, min(4, 520 // max(width, height)))  # small pictures by whole factors, which keep pixels square
-    wide = ' class="wide"' if width > 1.8 * height else ""
+    wide = ' class="wide"' if width > 1.4 * height else ""
     enlarged = ' class="enlarged"' if scale > 1 else ""
     return (
         f'<figure{wide}><img{enlarged} alt="{_text(title)}" width="{width * scale}" height="{height * scale}" '

@@ -25,7 +25,7 @@ from vqgan_jax.train.state import Metrics, TrainState, Tree, accumulate, guard, 
 class VQGANObjective:
     """What the step minimises. Durations are optimizer steps."""
 
-    reconstruction: Literal["l1", "bce"]
+    reconstruction: Literal["l1", "l2", "bce"]
     pixel_weight: float
     perceptual_weight: float  # LPIPS; 0 = no LPIPS network
     quantizer_weight: float
@@ -102,6 +102,9 @@ def make_step(
             return loss, {"bce": loss}
         metrics = {"l1": jnp.mean(jnp.abs(reconstruction - images))}
         loss = o.pixel_weight * metrics["l1"]
+        if o.reconstruction == "l2":
+            metrics["l2"] = jnp.mean((reconstruction - images) ** 2)
+            loss = o.pixel_weight * metrics["l2"]
         if o.perceptual_weight:
             metrics["lpips"] = lpips.apply(frozen["lpips"], reconstruction, images).mean()
             loss = loss + o.perceptual_weight * metrics["lpips"]
