@@ -19,7 +19,8 @@ def run() -> ConfigDict:
             remat=False,
             ema_decay=0.999,  # 0: none
             nonfinite_budget=0,  # steps that may be skipped because they were not finite
-            init_from="",  # a workdir or an imported model whose parameters to start from
+            init_from="",  # a workdir or an imported model whose parameters to start from; the optimizer starts fresh
+            init_exclude=(),  # of these, what starts fresh too: ("discriminator", "generator/decoder/conv_out")
             log_every="50",
             eval_every="5%",
             save_every="5%",
@@ -194,6 +195,34 @@ def transformer() -> ConfigDict:
     config.optimizer = adamw(4.5e-6, scale_by_batch=True)
     config.sampling = dict(temperature=1.0, top_k=100, top_p=1.0)  # of the pictures drawn during training
     config.checkpoint.best_metric, config.checkpoint.best_mode = "val/nll", "min"
+    return config
+
+
+def reference(config: ConfigDict) -> ConfigDict:
+    """Sets every oddity of the reference at once, on a config of either stage: the `reference` argument of configs.
+
+    The README's table names each with its reason.
+    """
+    config.ema_decay = 0.0
+    config.data.resize, config.data.flip = "bilinear_no_antialias", False
+    plain = dict(scale_by_batch=True, clip_norm=0.0, schedule="constant", warmup="0")
+    if "transformer" in config.model:
+        config.optimizer = adamw(4.5e-6, b1=0.9, b2=0.95, weight_decay=0.01, **plain)
+        config.loss.label_smoothing = 0.0
+        config.model.shared_vocabulary = True
+        condition = config.model.condition
+        if condition.name == "coordinates":
+            condition.scheme = "raster"
+        if condition.name == "objects":
+            condition.trim = False
+        return config
+    config.optimizer = adam(4.5e-6, b1=0.5, b2=0.9, **plain)
+    loss, quantizer = config.loss, config.model.quantizer
+    loss.adaptive_epsilon, loss.adaptive_maximum = 1e-4, 1e4
+    loss.schedule, loss.adversarial_ramp, loss.idle_discriminator_updates = "alternating", "0", True
+    if quantizer.name in ("vq", "ema"):
+        quantizer = config.model.quantizer = vq(quantizer.codebook_size, quantizer.dim)
+        quantizer.commitment_weight, quantizer.codebook_weight = 1.0, 0.25
     return config
 
 

@@ -27,6 +27,7 @@ LAYERS = {
     "evals": 3,
     "convert": 4,
     "pretrained": 4,
+    "front_door": 4,
     "tools": 5,
 }
 FILES = sorted((ROOT / "vqgan_jax").rglob("*.py"))

@@ -157,6 +157,12 @@ def abstract_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
 
 
+def scan_unroll(length: int) -> int:
+    """How far to unroll a scan over layers or micro-batches: wholly on CPU, where convolutions inside a loop run many
+    times slower, else not at all."""
+    return length if jax.default_backend() == "cpu" else 1
+
+
 def to_host(x: jax.Array) -> np.ndarray:
     """A global array as numpy on every host."""
     if x.is_fully_addressable:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from flax.typing import Dtype, Initializer
 
-from vqgan_jax.parallel import constrain
+from vqgan_jax.parallel import constrain, scan_unroll
 
 Attend = Literal["causal", "prefix", "full"]
 
@@ -198,6 +198,7 @@ class GPT(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=c.layers,
+                unroll=scan_unroll(c.layers),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             x, _ = stack(c, self.dtype, name="blocks")(x, attend, None, None, train)

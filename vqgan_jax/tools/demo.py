@@ -23,8 +23,7 @@ from vqgan_jax.train.loop import PREEMPTED
 from vqgan_jax.train.metric_writer import JSON_LINES
 
 ROOT = Path(vqgan_jax.__file__).resolve().parent.parent
-# Two simulated devices with the batch sharded keep two cores busy, which one device's graph does not.
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}
 RUNS = ("vqgan", "transformer")
 
 Runner = Callable[[Sequence[str], Mapping[str, str]], int]  # (argv, environment) -> exit code

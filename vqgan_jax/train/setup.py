@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vqgan_jax import parallel
-from vqgan_jax.config import FORMAT_VERSION, UserError, choose, differences, plain, resolve_steps, to_dataclass, upgrade
+from vqgan_jax.config import (
+    FORMAT_VERSION,
+    UserError,
+    choose,
+    differences,
+    plain,
+    resolve_steps,
+    suggest,
+    to_dataclass,
+    upgrade,
+)
 from vqgan_jax.data.pipeline import DevicePrefetch, Evaluation, evaluation, pipeline, prefetch_to_device
 from vqgan_jax.data.sources import Source, open_source
 from vqgan_jax.data.transforms import Transform
@@ -176,41 +186,82 @@ def restore_or_init(
         state, record = restored
         upgrade(record)
         return state, int(state.step)
+    if config.init_exclude and not config.init_from:
+        raise UserError("config.init_exclude: there is nothing to exclude from; set config.init_from")
     state = parallel.init_sharded(init, mesh, key)
     if config.init_from and load_initial:
-        state = start_from(state, load_initial(config.init_from), config.init_from)
+        state = start_from(state, load_initial(config.init_from), config.init_from, config.init_exclude)
     return state, 0
 
 
-def start_from(state: TrainState, loaded: Mapping[str, Mapping[str, Any]], path: str) -> TrainState:
+def start_from(
+    state: TrainState, loaded: Mapping[str, Mapping[str, Any]], path: str, exclude: Sequence[str] = ()
+) -> TrainState:
     """A fresh state with the networks of another run: {"params": {network: tree}, "collections": {network: tree}}.
 
-    A network that `loaded` lacks stays fresh. EMA starts at the loaded parameters.
+    Optimizers are always fresh, and EMA starts at the parameters. A network that `loaded` lacks stays fresh.
+
+    Args:
+      state: fresh.
+      loaded: the arrays.
+      path: where they were read, for errors.
+      exclude: what else stays fresh, statistics and codebooks included: networks or prefixes of paths, such as
+        "discriminator" or "generator/decoder/conv_out".
 
     Raises:
-      UserError: a network of another shape.
+      UserError: an array of another shape, or an exclusion that matches nothing.
     """
+    exclude = [str(prefix).strip("/") for prefix in exclude]
+    pairs = {"params": (state.params, loaded["params"]), "collections": (state.collections, loaded["collections"])}
+    names = {_name(key, kind) for kind, trees in pairs.items() for tree in trees for key, _ in _leaves(tree)}
+    for prefix in exclude:
+        _check_exclusion(prefix, names, path)
 
-    def take(fresh: Tree, new: Tree, name: str) -> Tree:
-        ours = {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(fresh)}
-        theirs = {jax.tree_util.keystr(p): np.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(new)}
-        for leaf in sorted(set(ours) | set(theirs)):
-            if ours.get(leaf) != theirs.get(leaf):
+    def take(kind: str) -> Tree:
+        fresh, new = pairs[kind]
+        new = {key: x for key, x in _leaves({name: new[name] for name in new if name in fresh})}
+        ours = {key: x for key, x in _leaves({name: fresh[name] for name in fresh if name in pairs[kind][1]})}
+        taken = {}
+        for key in sorted(set(ours) | set(new), key=str):
+            name = _name(key, kind)
+            if any(_under(name, prefix) for prefix in exclude):
+                continue
+            shapes = [np.shape(tree[key]) if key in tree else None for tree in (new, ours)]
+            if shapes[0] != shapes[1]:
+                there, here = ("is absent" if shape is None else f"has shape {shape}" for shape in shapes)
                 raise UserError(
-                    f"config.init_from={path}: {name}{leaf} has shape {theirs.get(leaf)} there, {ours.get(leaf)} here"
+                    f"config.init_from={path}: {name} {there} there and {here} here; mend config.model, or start it "
+                    f"""fresh with --config.init_exclude='("{name}",)'"""
                 )
-        return jax.tree.map(lambda x, y: jax.device_put(jnp.asarray(y, x.dtype), x.sharding), fresh, new)
+            taken[key] = jax.device_put(jnp.asarray(new[key], ours[key].dtype), ours[key].sharding)
+        return jax.tree_util.tree_map_with_path(lambda key, x: taken.get(key, x), fresh)
 
-    params, collections, ema = dict(state.params), dict(state.collections), dict(state.ema)
-    for name, tree in loaded["params"].items():
-        if name in params:
-            params[name] = take(params[name], tree, name)
-            if name in ema:
-                ema[name] = jax.tree.map(jnp.copy, params[name])
-    for name, tree in loaded["collections"].items():
-        if name in collections:
-            collections[name] = take(collections[name], tree, name)
-    return state.replace(params=params, collections=collections, ema=ema)
+    params = take("params")
+    ema = {name: jax.tree.map(jnp.copy, params[name]) for name in state.ema}
+    return state.replace(params=params, collections=take("collections"), ema=ema)
+
+
+def _leaves(tree: Tree) -> list[tuple[tuple[Any, ...], Any]]:
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _name(key: tuple[Any, ...], kind: str) -> str:
+    """A leaf's name: "generator/decoder/conv_out/kernel". That of a statistic leaves its collection out, so that a
+    module's name covers its parameters and its statistics."""
+    return jax.tree_util.keystr(key if kind == "params" else key, simple=True, separator="/")
+
+
+def _under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}/")
+
+
+def _check_exclusion(prefix: str, names: Iterable[str], path: str) -> None:
+    """Raises UserError unless `prefix` matches a name; it says what stands where the first unknown part of it does."""
+    parts, split = prefix.split("/"), [name.split("/") for name in names]
+    for depth in range(1, len(parts) + 1):
+        known = {"/".join(name[:depth]) for name in split if name[: depth - 1] == parts[: depth - 1]}
+        if (part := "/".join(parts[:depth])) not in known:
+            raise UserError(f"config.init_exclude: '{part}' is neither here nor in {path}{suggest(part, known)}")
 
 
 def profile_range(config: ConfigDict) -> tuple[int, int] | None:

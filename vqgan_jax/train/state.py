@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from vqgan_jax.parallel import scan_unroll
+
 Tree = Any
 Metrics = dict[str, jax.Array]
 
@@ -45,15 +47,13 @@ def accumulate(
 ) -> tuple[Tree, Tree]:
     """Runs `gradients(carry, microbatch, index) -> (carry, outputs)` over n micro-batches and averages the outputs.
 
-    Rows are dealt round robin, so that each micro-batch stays sharded like the batch. On CPU the loop is unrolled:
-    convolutions inside a scan run tens of times slower there.
+    Rows are dealt round robin, so that each micro-batch stays sharded like the batch.
     """
     if n == 1:
         return gradients(carry, batch, jnp.zeros((), jnp.int32))
     micro = {name: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
-    unroll = n if jax.default_backend() == "cpu" else 1
     carry, outputs = jax.lax.scan(
-        lambda c, xs: gradients(c, xs[0], xs[1]), carry, (micro, jnp.arange(n)), unroll=unroll
+        lambda c, xs: gradients(c, xs[0], xs[1]), carry, (micro, jnp.arange(n)), unroll=scan_unroll(n)
     )
     return carry, jax.tree.map(lambda x: x.mean(axis=0), outputs)
 
