@@ -82,8 +82,8 @@ def fail(message: str) -> None:
     sys.exit(FAILED)
 
 
-def check_workdir(workdir: str) -> Path:
-    """Makes the workdir. Raises UserError where it cannot be written."""
+def check_workdir(workdir: str, flag: str = "--workdir") -> Path:
+    """Makes the folder that `flag` names. Raises UserError where it cannot be written."""
     path = Path(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -91,10 +91,10 @@ def check_workdir(workdir: str) -> Path:
             raise PermissionError(13, "permission denied")
         probe = path / f".writable-{os.getpid()}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"--workdir={workdir}: cannot be written ({error.strerror or error}); name another folder"
+            f"{flag}={workdir}: cannot be written ({error.strerror or error}); name another folder"
         ) from None
     return path
 
@@ -106,6 +106,10 @@ def _asks_for_help() -> bool:
 def _config_error(error: Exception) -> str:
     """One line out of what ml_collections or a config file raised: an unknown key names the one that was meant."""
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    name = text.strip("'\"")
+    for flag in (arg.split("=")[0] for arg in sys.argv[1:] if arg.startswith("--config.")):
+        if flag.rsplit(".", 1)[-1] == name:  # ml_collections says no more than the key's last part
+            return f"{flag}: unknown key '{name}'; configs/common.py lists all"
     if isinstance(error, UserError):
         return text
     if isinstance(error, OSError) and error.filename:

@@ -64,11 +64,6 @@ def check_batch(batch: int, mesh: Mesh, key: str = "config.batch_size") -> None:
         raise UserError(f"{key}: {batch} examples do not divide over {parts} devices (data x fsdp); use a multiple")
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding that keeps a whole copy on each device."""
-    return NamedSharding(mesh, P())
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays whose leading axis is the batch."""
     return NamedSharding(mesh, P(BATCH_AXES))
@@ -137,10 +132,20 @@ def state_shardings(abstract: Any, mesh: Mesh) -> Any:
 
     def shard(leaf: Any) -> NamedSharding:
         if isinstance(leaf, nn.Partitioned):
-            return NamedSharding(mesh, to_mesh_axes(leaf.names))
+            return NamedSharding(mesh, _that_divide(to_mesh_axes(leaf.names), leaf.value.shape, mesh))
         return NamedSharding(mesh, shard_by_size(leaf.shape, mesh))
 
     return jax.tree.map(shard, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+
+
+def _that_divide(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The axes of a spec whose parts divide their dimension; a vocabulary of 1025 is not sharded over two."""
+
+    def parts(axes: Any) -> int:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return math.prod(mesh.shape[name] for name in names)
+
+    return P(*(axes if size % parts(axes) == 0 else None for axes, size in zip(spec, shape, strict=True)))
 
 
 def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:

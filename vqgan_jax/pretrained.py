@@ -150,14 +150,18 @@ def adopt_stages(config: ConfigDict, workdir: Path, dtype: Any) -> Stages:
     """Copies the VQGANs that a stage-2 config names into its workdir, unless they are there, and opens the copies.
 
     Raises:
-      UserError: no first stage named, or one that is not what the workdir was started with.
+      UserError: no first stage named, or none there.
     """
     wanted = {FIRST_STAGE: ("config.vqgan", config.vqgan)}
     if config.model.condition.name == "image":
         wanted[COND_STAGE] = ("config.cond_vqgan", config.cond_vqgan)
+    # Before the first checkpoint the config may still change its mind; after it the copies are what was trained on.
+    started = any((workdir / CHECKPOINTS).glob("[0-9]*"))
     for name, (key, path) in wanted.items():
         folder = workdir / name
-        if (folder / checkpoints.STAGE_RECORD).exists():
+        there = (folder / checkpoints.STAGE_RECORD).exists()
+        multihost_utils.sync_global_devices(f"looked for {name}")
+        if there and (started or not path):
             continue
         if not path:
             raise UserError(f"{key}: name the workdir of a trained VQGAN")

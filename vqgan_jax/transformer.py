@@ -16,6 +16,7 @@ from flax.typing import Dtype
 from vqgan_jax import conditioning, ordering
 from vqgan_jax.config import UserError, to_dataclass
 from vqgan_jax.models.gpt import GPT, Cache, GPTConfig, init_cache
+from vqgan_jax.models.vqgan import model_input
 from vqgan_jax.tokenizer import Tokenizer
 
 Tree = Any
@@ -90,6 +91,13 @@ class ImageTransformer:
             raise UserError(
                 f"config.model.transformer.block_size: {a.block_size} positions, the sequence needs {needed}"
             )
+        if a.prefix > self.condition.length:
+            raise UserError(
+                f"config.model.transformer.prefix: {a.prefix}, but the condition has {self.condition.length} tokens; "
+                "codes must not see later ones"
+            )
+        if a.heads < 1 or a.width % a.heads:
+            raise UserError(f"config.model.transformer.width: {a.width} does not divide over {a.heads} heads")
         return GPTConfig(
             vocab_size=self.layout.vocab_size,
             head_size=self.layout.head_size,
@@ -126,7 +134,7 @@ class ImageTransformer:
         if "codes/image" in batch:
             ids = batch["codes/image"]
         else:
-            ids = self.first_stage.encode(frozen["first_stage"], batch[self.first_stage.config.input_key])
+            ids = self.first_stage.encode(frozen["first_stage"], model_input(self.first_stage.config, batch))
         return self.from_grid(ids)
 
     def from_grid(self, ids_bhw: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from grain.experimental import index_shuffle
 
 from vqgan_jax.config import UserError
@@ -128,7 +128,12 @@ class Pipeline(Iterator[Batch]):
             pieces.append(piece)
             self._seen[indices] = True
             self._corrupt.update(corrupt.keys() & indices)
-            self.replaced.update(corrupt.values())
+            for name, reason in corrupt.values():
+                if name not in self.replaced:
+                    self.replaced[name] = reason
+                    logging.warning(
+                        "%s cannot be read (%s): the next one stands in; %d so far", name, reason, len(self.replaced)
+                    )
         self._check_corrupt()
         return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
 
@@ -279,6 +284,7 @@ class DevicePrefetch(Iterator[Any]):
 
     def __init__(self, batches: Iterable[Batch], put: Callable[[Batch], Any], size: int):
         self.wait_seconds = 0.0
+        self._batches = batches
         self._ready: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self._free = threading.Semaphore(size)
         self._end: BaseException | None = None
@@ -304,8 +310,10 @@ class DevicePrefetch(Iterator[Any]):
         return batch
 
     def close(self) -> None:
-        """Stops the thread and drops what it prepared. Does not close the iterator it read from; close that after."""
+        """Stops the thread, drops what it prepared, and closes the iterator it read from, where that can be closed."""
         self._finalize()
+        if hasattr(self._batches, "close"):
+            self._batches.close()
         self._end = self._end or StopIteration()
         self._ready = queue.SimpleQueue()
 

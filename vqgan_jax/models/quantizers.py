@@ -162,6 +162,7 @@ class EMAVectorQuantizer(_Sizes, nn.Module):
         self.book = self.variable("codebook", "codes", lambda: jax.random.normal(self.make_rng("params"), (q, e)))
         self.count = self.variable("codebook", "count", lambda: jnp.ones(q))
         self.sum = self.variable("codebook", "sum", lambda: jnp.zeros((q, e)))
+        self.started = self.variable("codebook", "started", lambda: jnp.zeros((), bool))
 
     def codes(self, ids: jax.Array) -> jax.Array:
         return self.book.value[ids]
@@ -172,8 +173,9 @@ class EMAVectorQuantizer(_Sizes, nn.Module):
         if train and not self.is_initializing():
             key_start, key_restart = jax.random.split(self.make_rng("quantizer"))
             vectors = _draw_vectors(key_start, c.codebook_size, fixed)
-            self.book.value = jnp.where(step == 0, vectors, self.book.value)
-            self.sum.value = jnp.where(step == 0, vectors, self.sum.value)
+            self.book.value = jnp.where(self.started.value, self.book.value, vectors)
+            self.sum.value = jnp.where(self.started.value, self.sum.value, vectors)
+            self.started.value = jnp.ones((), bool)
         ids = nearest(fixed, self.book.value)
         z_q, counts = self.codes(ids), count_codes(ids, c.codebook_size)
         commitment = jnp.mean((z_q - z) ** 2)

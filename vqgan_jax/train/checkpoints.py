@@ -70,7 +70,7 @@ class Checkpoints:
             raise UserError(f"config.checkpoint.keep_last: {keep_last} would keep nothing, write 1 or more")
         if keep_best and not best_metric:
             raise UserError("config.checkpoint.keep_best: name the metric in config.checkpoint.best_metric, or write 0")
-        self.directory = epath.Path(directory)
+        self.directory = _absolute(directory)
         probe = self.directory / f".writable.{jax.process_index()}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -235,7 +235,7 @@ def load(
     Args:
       directory: the folder that was given to `Checkpoints`.
       step: this very checkpoint; None for the newest whole one.
-      best: the best by the run's metric instead of the newest.
+      best: the best by the run's metric, where any was evaluated, instead of the newest.
       only: top-level entries of the state to read, such as ("ema", "codebook"); () for all.
 
     Returns:
@@ -244,13 +244,14 @@ def load(
     Raises:
       UserError: no such checkpoint, all candidates are damaged, or an entry of `only` is unknown.
     """
-    directory = epath.Path(directory)
+    directory = _absolute(directory)
     steps = _steps(directory)
     if step is not None and step not in steps:
         raise UserError(f"{directory}: no checkpoint of step {step}{suggest(str(step), map(str, steps))}")
-    candidates = [step] if step is not None else _best_first(_manifests(directory)) if best else steps[::-1]
+    ranked = _best_first(_manifests(directory)) if best else []  # none: no checkpoint was evaluated
+    candidates = [step] if step is not None else ranked or steps[::-1]
     if not candidates:
-        raise UserError(f"{directory}: no checkpoint there" + (" with a metric to rank it by" if best else ""))
+        raise UserError(f"{directory}: no checkpoint there")
     faults = []
     for candidate in candidates:
         folder = directory / str(candidate)
@@ -336,6 +337,11 @@ def _best_first(manifests: Mapping[int, Mapping[str, Any]]) -> list[int]:
     sign = -1 if mode == "max" else 1
     scores = {step: sign * m["metrics"][metric] for step, m in manifests.items() if metric in m["metrics"]}
     return sorted(scores, key=lambda step: (scores[step], -step))
+
+
+def _absolute(directory: str | Path) -> epath.Path:
+    """Orbax refuses relative paths; a bucket's are absolute as they stand."""
+    return epath.Path(directory if "://" in str(directory) else Path(directory).absolute())
 
 
 def _steps(directory: epath.Path) -> list[int]:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,9 @@ def encode_source(model: ImageTransformer, frozen: Tree, mesh: Mesh, batch: int,
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def open_cache(path: Path, config: ConfigDict, stages: Mapping[str, str], encode: Callable[[], Arrays]) -> CodeSource:
+def open_cache(
+    path: Path, config: ConfigDict, stages: Mapping[str, str], encode: Callable[[], Arrays], *, keep: bool = True
+) -> CodeSource:
     """Reads the cache, or makes and writes it; one made by other stages or of other data is made anew.
 
     Args:
@@ -65,14 +68,16 @@ def open_cache(path: Path, config: ConfigDict, stages: Mapping[str, str], encode
       config: the whole config; its data part identifies the cache.
       stages: hashes of the frozen stages.
       encode: makes the arrays. Runs on all hosts.
+      keep: write what was made.
     """
-    described = json.dumps([plain(config.data), dict(stages)], sort_keys=True)
+    data = {name: value for name, value in plain(config.data).items() if name not in ("threads", "processes")}
+    described = json.dumps([data, config.dtype, dict(stages)], sort_keys=True)
     key = hashlib.sha256(described.encode()).hexdigest()
     arrays = _read(path, key)
     if multihost_utils.process_allgather(np.asarray(arrays is not None)).all():
         return CodeSource(arrays)
     arrays = encode()
-    if jax.process_index() == 0:
+    if keep and jax.process_index() == 0:
         partial = path.with_name(f"{path.name}.tmp.npz")
         np.savez(partial, key=np.asarray(key), **arrays)
         partial.replace(path)
@@ -83,7 +88,7 @@ def _read(path: Path, key: str) -> Arrays | None:
     try:
         with np.load(path) as file:
             arrays = dict(file)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
     return arrays if str(arrays.pop("key", "")) == key else None
 

@@ -109,6 +109,7 @@ def train(
       SystemExit: with code PREEMPTED after SIGTERM or one SIGINT, once the state is saved.
     """
     if start_step >= schedule.total:
+        batches.close()
         _say(f"already finished: {start_step} of {schedule.total} steps are done")
         return state
     workdir = Path(workdir)

@@ -56,9 +56,24 @@ def kernels_only(params: Any) -> Any:
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule, mask: Callable[[Any], Any] = kernels_only
 ) -> optax.GradientTransformation:
-    """Clip, Adam, decoupled decay on what `mask` says, learning rate. Equals torch's Adam and AdamW."""
-    steps = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    steps.append(optax.scale_by_adam(config.b1, config.b2, config.epsilon))
-    if config.weight_decay:
-        steps.append(optax.add_decayed_weights(config.weight_decay, mask))
-    return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
+    """Clip, Adam, decoupled decay on what `mask` says, learning rate. Equals torch's Adam and AdamW.
+
+    `update` takes the run's `step`: an optimizer that waits (the discriminator's) or skips a step keeps to the run's
+    schedule. The state has one shape whatever is on, so that a run can change clipping and decay when it resumes.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.scale_by_adam(config.b1, config.b2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask) if config.weight_decay else optax.identity(),
+        _scale_by_schedule(schedule),
+    )
+
+
+def _scale_by_schedule(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Minus the learning rate of the `step` handed to `update`, where optax counts its own updates."""
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None, *, step: jax.Array, **_: Any):
+        rate = schedule(step)
+        return jax.tree.map(lambda u: -rate * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -248,7 +248,7 @@ def _leaves(tree: Tree) -> list[tuple[tuple[Any, ...], Any]]:
 def _name(key: tuple[Any, ...], kind: str) -> str:
     """A leaf's name: "generator/decoder/conv_out/kernel". That of a statistic leaves its collection out, so that a
     module's name covers its parameters and its statistics."""
-    return jax.tree_util.keystr(key if kind == "params" else key, simple=True, separator="/")
+    return jax.tree_util.keystr(key if kind == "params" else key[:1] + key[2:], simple=True, separator="/")
 
 
 def _under(name: str, prefix: str) -> bool:

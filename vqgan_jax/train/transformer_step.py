@@ -67,7 +67,8 @@ def make_step(
             return carry, (grads, metrics)
 
         _, (grads, metrics) = accumulate(micro, (), batch, accumulation)
-        updates, opt_state = tx.update(grads, state.opt_state["transformer"], params)
+        optimizer = optax.with_extra_args_support(tx)
+        updates, opt_state = optimizer.update(grads, state.opt_state["transformer"], params, step=state.step)
         new_params = {"transformer": optax.apply_updates(params, updates)}
         metrics["grad_norm/transformer"] = optax.tree.norm(grads)
         ema = update_ema(state.ema, new_params, ema_decay, state.step) if ema_decay else state.ema

@@ -16,7 +16,7 @@ from vqgan_jax import losses
 from vqgan_jax.models.autoencoder import last_layer
 from vqgan_jax.models.discriminators import PatchGAN
 from vqgan_jax.models.lpips import LPIPS
-from vqgan_jax.models.quantizers import apply_restart, perplexity
+from vqgan_jax.models.quantizers import VQConfig, apply_restart, perplexity
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig, model_input
 from vqgan_jax.train.state import Metrics, TrainState, Tree, accumulate, guard, update_ema
 
@@ -162,8 +162,11 @@ def make_step(
     def streams(state: TrainState, prefix: str, index: jax.Array) -> dict[str, jax.Array]:
         return {name: jax.random.fold_in(state.stream(prefix + name), index) for name in ("quantizer", "dropout")}
 
-    def update(name: str, params: Tree, opt_state: Tree, grads: Tree, allowed: jax.Array | bool = True):
-        updates, new_opt = tx[name].update(grads, opt_state[name], params[name])
+    def update(
+        name: str, params: Tree, opt_state: Tree, grads: Tree, step: jax.Array, allowed: jax.Array | bool = True
+    ):
+        optimizer = optax.with_extra_args_support(tx[name])
+        updates, new_opt = optimizer.update(grads, opt_state[name], params[name], step=step)
         new = (optax.apply_updates(params[name], updates), new_opt)
         if allowed is not True:
             new = jax.tree.map(lambda a, b: jnp.where(allowed, a, b), new, (params[name], opt_state[name]))
@@ -198,11 +201,10 @@ def make_step(
 
         carry = (state.collections, _no_restart(c))
         (collections, restart), (grads, metrics) = accumulate(generator_micro, carry, batch, accumulation)
-        params, opt_state, norms = update("generator", params, opt_state, grads["generator"])
+        params, opt_state, norms = update("generator", params, opt_state, grads["generator"], state.step)
         metrics |= norms
         if restart is not None:
-            quantizer = apply_restart(params["generator"]["quantizer"], restart)
-            params = params | {"generator": params["generator"] | {"quantizer": quantizer}}
+            params = params | {"generator": _restarted(params["generator"], restart)}
         if discriminator:
             if not simultaneous:
                 collections, (grads["discriminator"], more) = accumulate(
@@ -210,11 +212,15 @@ def make_step(
                 )
                 metrics |= more
             allowed = True if o.idle_discriminator_updates else adversarial_factor(state.step) > 0
-            params, opt_state, norms = update("discriminator", params, opt_state, grads["discriminator"], allowed)
+            params, opt_state, norms = update(
+                "discriminator", params, opt_state, grads["discriminator"], state.step, allowed
+            )
             metrics |= norms
         ema = state.ema
         if ema_decay:
             ema = update_ema(ema, {"generator": params["generator"]}, ema_decay, state.step)
+            if restart is not None:
+                ema = {"generator": _restarted(ema["generator"], restart)}
         new = state.replace(params=params, collections=collections, opt_state=opt_state, ema=ema)
         return guard(state, new, metrics)
 
@@ -222,10 +228,14 @@ def make_step(
 
 
 def _no_restart(config: VQGANConfig) -> tuple[jax.Array, jax.Array] | None:
-    if not getattr(config.quantizer, "usage_decay", 0) or not config.quantizer.restart_below:
+    if not isinstance(config.quantizer, VQConfig) or not config.quantizer.restart_below:
         return None
     q, e = config.quantizer.codebook_size, config.quantizer.dim
     return jnp.zeros(q, bool), jnp.zeros((q, e))
+
+
+def _restarted(generator: Tree, restart: tuple[jax.Array, jax.Array]) -> Tree:
+    return generator | {"quantizer": apply_restart(generator["quantizer"], restart)}
 
 
 def _merge_restarts(old, new):
