@@ -38,7 +38,9 @@ CLASSIFIER_IMAGES, CLASSIFIER_STEPS = 4096, 200
 def evaluate(workdir: str, out: str, *, batch: int, examples: int, samples: int, seed: int) -> dict[str, Any]:
     """Scores the workdir, writes and returns the result."""
     path, out_path = Path(workdir), Path(out)
-    cli.check_workdir(str(out_path.parent))
+    if out_path.is_dir():
+        raise UserError(f"--out={out}: is a folder; name the JSON file to write")
+    cli.check_workdir(str(out_path.parent), "--out")
     recorded = path / "config.json"
     if not recorded.exists():
         raise UserError(f"--workdir={workdir}: no config.json there; name the workdir of a trained model")
@@ -88,7 +90,7 @@ def evaluate_transformer(path, config, mesh, folder, *, batch, examples, samples
     nll = likelihood_scorer(model, mesh, batch)(trained.params, frozen, held_out())
     result |= {f"val_{name}": value for name, value in nll.items()}
     encode = functools.partial(code_cache.encode_source, model, frozen, mesh, batch, data)
-    train = code_cache.open_cache(path / "codes.npz", config, trained.stages.digest, encode).arrays
+    train = code_cache.open_cache(path / "codes.npz", config, trained.stages.digest, encode, keep=False).arrays
     val = encode_all(model, frozen, held_out(), mesh, batch, "encode the held-out images")
     size = model.first_stage.codebook_size
     train_codes, val_codes = (x["codes/image"].reshape(len(x["codes/image"]), -1) for x in (train, val))
@@ -105,7 +107,8 @@ def evaluate_transformer(path, config, mesh, folder, *, batch, examples, samples
 
 def score_classes(trained: Any, data: setup.Data, samples: int, batch: int, seed: int) -> dict[str, Any]:
     """Trains a classifier on real images, checks it on held-out ones, and lets it judge samples of every class."""
-    model, classes = trained.model, trained.model.condition.vocab_size
+    model, classes = trained.model, len(data.train.classes)
+    decode = jax.jit(model.decode)
     pictures, labels = read_images(data.train, data.val_transform, CLASSIFIER_IMAGES)
     classifier = train_classifier(pictures, labels, classes, seed=seed, steps=CLASSIFIER_STEPS)
     accuracy = classifier.accuracy(*read_images(data.val, data.val_transform, 512))
@@ -115,7 +118,7 @@ def score_classes(trained: Any, data: setup.Data, samples: int, batch: int, seed
         indices = np.arange(start, start + batch)
         condition = model.condition.tokens(trained.frozen, {"label": jnp.asarray(asked[indices % samples])})
         ids = draw(trained.split, condition, row_keys(seed, jnp.asarray(indices)), Strategy(), None)
-        made.append(images.to_uint8(np.asarray(model.decode(trained.frozen, ids))))
+        made.append(images.to_uint8(np.asarray(decode(trained.frozen, ids))))
     agreement = class_agreement(classifier, np.concatenate(made)[:samples], asked)
     return {"class_agreement": agreement, "classifier_accuracy": accuracy, "class_samples": samples}
 

@@ -7,6 +7,7 @@ Writes one PNG an image, samples.npz (arr_0: uint8 [n, h, w, 3], and `label` whe
 beyond the trained one is made with the sliding window. The same seed gives image number i whatever the batch size.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
@@ -33,17 +34,19 @@ def sample(
     best: bool = True,
 ) -> np.ndarray:
     """Samples, writes and returns the images, uint8 [n, h, w, 3]."""
-    folder = cli.check_workdir(out)
+    folder = cli.check_workdir(out, "--out")
+    batch = min(batch, number)
 
     # Model
     trained = pretrained.open_transformer(workdir, key="--workdir", best=best)
     model, factor = trained.model, trained.model.first_stage.factor
     grid = parse_size(size, factor) if size else model.config.grid
-    draw = make_sampler(model, grid)
+    draw, decode = make_sampler(model, grid), jax.jit(model.decode)
 
     # What to sample: image i is of class labels[i]
     names = trained.record.get("classes") or []
-    labels = choose_labels(model.condition.keys, model.condition.vocab_size, names, classes or [], number)
+    count = len(names) or model.condition.vocab_size  # a data set may have fewer classes than its model
+    labels = choose_labels(model.condition.keys, count, names, classes or [], number)
 
     # Sampling, one compiled shape for all batches
     made = []
@@ -52,7 +55,7 @@ def sample(
         rows = {"label": jnp.asarray(labels[indices % number])}
         condition = model.condition.tokens(trained.frozen, rows)
         ids = draw(trained.split, condition, row_keys(seed, jnp.asarray(indices)), strategy or Strategy(), None)
-        pictures = images.to_uint8(np.asarray(model.decode(trained.frozen, ids)))[: number - start]
+        pictures = images.to_uint8(np.asarray(decode(trained.frozen, ids)))[: number - start]
         for index, picture in zip(indices, pictures, strict=False):
             images.save_png(folder / f"{index:06d}.png", picture)
         made.append(pictures)

@@ -19,7 +19,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from vqgan_jax import cli, images, parallel, pretrained
-from vqgan_jax.config import to_dataclass
+from vqgan_jax.config import UserError, to_dataclass
 from vqgan_jax.evals.runner import likelihood_scorer
 from vqgan_jax.models.gpt import split_layers
 from vqgan_jax.sampling.decoder import decode
@@ -56,12 +56,14 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     model.check_size(config.data.image_size)
     batches = functools.partial(setup.evaluation_batches, config.batch_size, mesh)
     if config.cache_codes:
+        if set(model.condition.keys) - {"label"}:
+            raise UserError("config.cache_codes: works unconditionally or with a class; set it to False")
         encode = functools.partial(code_cache.encode_source, model, frozen, mesh, config.batch_size)
         train_rows = code_cache.open_cache(path / "codes.npz", config, stages.digest, lambda: encode(data))
         train_transform = code_cache.as_is
     else:
         train_rows, train_transform = data.train, data.train_transform
-    durations = setup.Durations(config, len(train_rows))
+    durations = setup.Durations(config, len(data.train))
 
     # Objective and optimizer
     objective = to_dataclass(transformer_step.TransformerObjective, config.loss, key="config.loss")
@@ -81,7 +83,9 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             model, objective, tx, ema_decay=config.ema_decay, accumulation=config.accumulation
         )
 
-        @functools.partial(jax.jit, donate_argnums=0)
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+
+        @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
         def step_fn(state: TrainState, batch: Any, frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
             rate = learning_rate(state.step)
             state, metrics = step(state, batch, frozen)
@@ -118,7 +122,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                 examples_per_step=config.batch_size,
                 units={"tokens/s": config.batch_size * len(model.order)},
                 evaluate=evaluate,
-                draw=draw,
+                draw=draw if config.images_shown else None,
                 headline=("nll", "accuracy"),
                 profile=setup.profile_range(config),
             )

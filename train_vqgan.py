@@ -69,7 +69,9 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             model, objective, LPIPS(), tx, ema_decay=config.ema_decay, accumulation=config.accumulation
         )
 
-        @functools.partial(jax.jit, donate_argnums=0)
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+
+        @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
         def step_fn(state: TrainState, batch: Any, frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
             rate = learning_rate(state.step)
             state, metrics = step(state, batch, frozen)
@@ -79,7 +81,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         score = reconstruction_scorer(model, mesh, config.batch_size)
         batches = functools.partial(setup.evaluation_batches, config.batch_size, mesh, data.val, data.val_transform)
         reconstruct = jax.jit(lambda variables, x: model.apply(variables, x).reconstruction)
-        shown = shown_batch(config, mesh, data)
+        shown = shown_batch(config, mesh, data) if config.images_shown else None
 
         def variables(state: TrainState) -> dict[str, Any]:
             params = state.ema.get("generator", state.params["generator"])
@@ -111,7 +113,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                 nonfinite_budget=config.nonfinite_budget,
                 examples_per_step=config.batch_size,
                 evaluate=evaluate,
-                draw=draw,
+                draw=draw if config.images_shown else None,
                 headline=("nll", "codebook_perplexity"),
                 profile=setup.profile_range(config),
             )

@@ -142,6 +142,13 @@ def test_a_batch_that_does_not_divide_is_refused():
         parallel.check_batch(12, mesh_of(MESHES["data"]))
 
 
+def test_a_vocabulary_that_does_not_divide_stays_whole():
+    mesh = mesh_of(MESHES["tensor"])
+    boxed = {n: nn.Partitioned(jax.ShapeDtypeStruct((n, 8), jnp.float32), ("vocab", "width")) for n in (64, 65)}
+    shardings = parallel.state_shardings(boxed, mesh)
+    assert shardings[64].spec == P("tensor", "fsdp") and shardings[65].spec == P(None, "fsdp")
+
+
 def test_rows_of_a_host_are_those_of_its_devices():
     np.testing.assert_array_equal(parallel.host_rows(mesh_of(MESHES["mixed"]), 8), np.arange(8))
     mesh = mesh_of(MESHES["data"])

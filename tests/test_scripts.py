@@ -168,7 +168,20 @@ def test_a_step_over_the_budget_of_non_finite_ones_stops_the_run(tmp_path):
     assert list((tmp_path / "w" / "nonfinite").glob("*.npz"))
 
 
-def test_a_folder_of_images_trains(tmp_path):
+def test_unconditional_codes_train_score_and_sample(runs, tmp_path, monkeypatch):
+    """With a relative workdir, and rows that do not fill the batch."""
+    monkeypatch.chdir(tmp_path)
+    config = transformer_config(runs / "vqgan", "2")
+    config.model.condition = ConfigDict(dict(name="none"))
+    train_transformer.train(config, "free")
+    assert sample.sample("free", "out", number=3, batch=16).shape == (3, 16, 16, 3)
+    scores = evaluate.evaluate("free", "scores.json", batch=8, examples=0, samples=8, seed=0)
+    assert "table_nll" in scores and "class_agreement" not in scores
+    with pytest.raises(UserError, match="this model is unconditional"):
+        sample.sample("free", "out", number=1, classes=["1"])
+
+
+def test_a_folder_of_images_trains(tmp_path, caplog):
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 8)):
         for k in range(count):
@@ -181,6 +194,7 @@ def test_a_folder_of_images_trains(tmp_path):
     config.data.path, config.data.image_size, config.data.max_corrupt_share = str(tmp_path / "data"), 16, 0.5
     state = train_vqgan.train(config, str(tmp_path / "w"))
     assert int(state.step) == 2
+    assert any("broken.jpg cannot be read" in record.getMessage() for record in caplog.records)
 
 
 def broken(change) -> ConfigDict:
@@ -215,6 +229,8 @@ def put(config: ConfigDict, key: str, value) -> None:
         ({"model.autoencoder.channels": 20}, "multiple of 32"),
         ({"init_from": "/nowhere"}, "config.init_from"),
         ({"profile": "ten"}, "config.profile"),
+        ({"batch_size": 0}, "config.batch_size: 0"),
+        ({"steps": "0.01 epochs"}, "less than one step"),
         ({"loss.perceptual_weight": 1.0, "lpips.vgg": "/no/vgg.pth"}, "vgg"),
     ],
 )
@@ -234,9 +250,13 @@ def test_a_workdir_of_another_model_is_refused(runs, tmp_path):
     config.model.quantizer.codebook_size = 32
     with pytest.raises(UserError, match="codebook_size: 32 here, 16 there"):
         train_vqgan.train(config, str(tmp_path / "w"))
-    config = vqgan_config("4")
-    config.optimizer.learning_rate = 5.0  # anything else may change
-    train_vqgan.train(config, str(tmp_path / "w"))
+    config = vqgan_config("5")  # anything else may change
+    config.optimizer.learning_rate, config.optimizer.clip_norm, config.ema_decay = 1e-5, 0.0, 0.0
+    state = train_vqgan.train(config, str(tmp_path / "w"))
+    assert int(state.step) == 5 and not state.ema
+    config.steps, config.ema_decay = "6", 0.5
+    state = train_vqgan.train(config, str(tmp_path / "w"))
+    assert int(state.step) == 6 and state.ema
 
 
 def test_mistakes_of_stage_two(runs, tmp_path):
@@ -248,8 +268,18 @@ def test_mistakes_of_stage_two(runs, tmp_path):
     config.model.grid = (8, 8)
     with pytest.raises(UserError, match="config.model.grid"):
         train_transformer.train(config, str(tmp_path / "b"))
+    for key, value, message in (
+        ("heads", 3, "does not divide over 3 heads"),
+        ("prefix", 5, "codes must not see later ones"),
+    ):
+        config = transformer_config(runs / "vqgan", "2")
+        config.model.transformer[key] = value
+        with pytest.raises(UserError, match=message):
+            train_transformer.train(config, str(tmp_path / key))
     with pytest.raises(UserError, match="config.vqgan: name the workdir"):
-        train_transformer.train(transformer_config(Path(""), "2") | {"vqgan": ""}, str(tmp_path / "c"))
+        config = transformer_config(runs, "2")
+        config.vqgan = ""
+        train_transformer.train(config, str(tmp_path / "c"))
     with pytest.raises(UserError, match="config.vqgan=.*holds a transformer"):
         train_transformer.train(transformer_config(runs / "gpt", "2"), str(tmp_path / "d"))
 
@@ -289,6 +319,7 @@ def run_script(*argv: str) -> subprocess.CompletedProcess:
         (["--config=configs/demo_vqgan.py", "--workdir=/proc/none"], "--workdir=/proc/none: cannot be written"),
         (["--config=configs/demo_vqgan.py"], "--workdir is missing"),
         (["--config=configs/demo_vqgan.py", "--workdir={tmp}", "--config.batch_size=many"], "batch_size"),
+        (["--config=configs/demo_vqgan.py", "--workdir={tmp}", "--config.optimizer.lr=1"], "--config.optimizer.lr"),
     ],
 )
 def test_mistakes_on_the_command_line(tmp_path, argv, message):

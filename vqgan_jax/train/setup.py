@@ -61,17 +61,18 @@ def open_data(config: ConfigDict, keys: Sequence[str], *, factor: int, classes: 
       UserError: nothing to read, a size that does not divide, more classes than the model has.
     """
     size = config.data.image_size
-    if size % factor:
+    if size < 1 or size % factor:
         raise UserError(f"config.data.image_size: {size} does not divide by the model's factor {factor}")
     train, val = open_source(config.data, "train"), open_source(config.data, "val")
-    if classes and len(train.classes) > classes:
+    if "label" in keys and len(train.classes) > classes:
         raise UserError(
             f"config.model.condition.classes: the model has {classes}, the data set {len(train.classes)}; "
             "raise it, or choose a data set with fewer"
         )
     if "label" in keys and not train.classes:
         raise UserError(f"config.data.path: '{config.data.path}' has no classes: put the images in one folder a class")
-    transforms = (Transform.from_config(config.data, keys=keys, classes=classes, train=t) for t in (True, False))
+    count = classes if "label" in keys else len(train.classes)
+    transforms = (Transform.from_config(config.data, keys=keys, classes=count, train=t) for t in (True, False))
     return Data(train, val, *transforms)
 
 
@@ -86,12 +87,14 @@ class Durations:
     def __init__(self, config: ConfigDict, examples: int):
         self._units = dict(batch_size=config.batch_size, examples=examples)
         self.total = resolve_steps(config.steps, key="config.steps", **self._units)
+        if self.total < 1:
+            raise UserError(f"config.steps: '{config.steps}' is less than one step of {config.batch_size} examples")
 
     def steps(self, duration: str, key: str, *, at_least: int = 0) -> int:
-        """Steps of one duration; `at_least` 1 where a rounding to 0 would mean "never" (but "0" itself does)."""
-        if str(duration).strip() == "0":
-            return 0
-        return max(at_least, resolve_steps(duration, key=key, total=self.total, **self._units))
+        """Steps of one duration; `at_least` 1 where a rounding to 0 would mean "never" (0 of any unit does)."""
+        steps = resolve_steps(duration, key=key, total=self.total, **self._units)
+        asked = resolve_steps(duration, key=key, total=10**9, batch_size=1, examples=10**9)
+        return max(at_least, steps) if asked else 0
 
     def schedule(self, config: ConfigDict) -> Schedule:
         """The loop's schedule."""
@@ -135,6 +138,8 @@ def evaluation_batches(batch: int, mesh: Mesh, source: Source, transform: Callab
 
 def check_batch(config: ConfigDict, mesh: Mesh) -> None:
     """Raises UserError unless the batch divides over micro-batches and devices."""
+    if config.batch_size < 1:
+        raise UserError(f"config.batch_size: {config.batch_size}; write 1 or more")
     if config.accumulation < 1 or config.batch_size % config.accumulation:
         raise UserError(
             f"config.accumulation: a batch of {config.batch_size} does not divide into {config.accumulation} parts"
@@ -181,10 +186,14 @@ def restore_or_init(
       load_initial: `path -> parameters by network`, for `config.init_from`.
     """
     key = jax.random.key(config.seed)
-    restored = checkpoints.restore(parallel.abstract_sharded(init, mesh, key))
+    abstract = parallel.abstract_sharded(init, mesh, key)
+    averaged = {name: tree for name, tree in abstract.params.items() if name != "discriminator"}
+    restored = checkpoints.restore(abstract.replace(ema=averaged if _had_ema(checkpoints, abstract) else {}))
     if restored is not None:
         state, record = restored
         upgrade(record)
+        if bool(state.ema) != bool(abstract.ema):  # the config has switched averaging on or off since
+            state = state.replace(ema={name: jax.tree.map(jnp.copy, state.params[name]) for name in abstract.ema})
         return state, int(state.step)
     if config.init_exclude and not config.init_from:
         raise UserError("config.init_exclude: there is nothing to exclude from; set config.init_from")
@@ -192,6 +201,12 @@ def restore_or_init(
     if config.init_from and load_initial:
         state = start_from(state, load_initial(config.init_from), config.init_from, config.init_exclude)
     return state, 0
+
+
+def _had_ema(checkpoints: Checkpoints, abstract: TrainState) -> bool:
+    """Whether the run that wrote the checkpoints averaged its parameters."""
+    recorded = Path(checkpoints.directory).parent / "config.json"
+    return json.loads(recorded.read_text())["ema_decay"] > 0 if recorded.exists() else bool(abstract.ema)
 
 
 def start_from(
@@ -272,8 +287,3 @@ def profile_range(config: ConfigDict) -> tuple[int, int] | None:
     if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
         raise UserError(f"config.profile: '{config.profile}' is no range of steps; write '100-110'")
     return int(first), int(last)
-
-
-def parameter_count(params: Tree) -> int:
-    """How many numbers a tree holds."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
