@@ -3,6 +3,8 @@
     python evaluate.py --workdir=runs/vqgan --out=runs/vqgan/evaluation.json
     python evaluate.py --workdir=runs/transformer --out=evaluation.json --samples=256
 
+An imported model names no data: add --config=configs/finetune.py:DIR --config.data.path=/photos.
+
 A VQGAN: PSNR, SSIM, L1, codebook usage and perplexity, on EMA weights, after uint8. A transformer: the same for its
 first stage, the NLL of held-out codes beside that of a table of code frequencies, and, if it is class-conditional,
 how many of its samples a small classifier trained on real images takes for the class asked for. The JSON says what
@@ -18,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from vqgan_jax import cli, images, parallel, pretrained
 from vqgan_jax.config import UserError
@@ -35,19 +37,25 @@ FLAGS = flags.FLAGS
 CLASSIFIER_IMAGES, CLASSIFIER_STEPS = 4096, 200
 
 
-def evaluate(workdir: str, out: str, *, batch: int, examples: int, samples: int, seed: int) -> dict[str, Any]:
-    """Scores the workdir, writes and returns the result."""
+def evaluate(
+    workdir: str, out: str, *, batch: int, examples: int, samples: int, seed: int, config: ConfigDict | None = None
+) -> dict[str, Any]:
+    """Scores the workdir, writes and returns the result; `config` names the data where the workdir does not."""
     path, out_path = Path(workdir), Path(out)
     if out_path.is_dir():
         raise UserError(f"--out={out}: is a folder; name the JSON file to write")
     cli.check_workdir(str(out_path.parent), "--out")
-    recorded = path / "config.json"
-    if not recorded.exists():
-        raise UserError(f"--workdir={workdir}: no config.json there; name the workdir of a trained model")
-    config = ConfigDict(json.loads(recorded.read_text()))
+    kind = pretrained.kind_of(path, key="--workdir")
+    if config is None:
+        recorded = path / "config.json"
+        if not recorded.exists():
+            raise UserError(
+                f"--workdir={workdir}: an imported model names no data; give --config=configs/finetune.py:{path}"
+            )
+        config = ConfigDict(json.loads(recorded.read_text()))
     mesh = parallel.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     batch = -(-batch // mesh.size) * mesh.size
-    score = {True: evaluate_transformer, False: evaluate_vqgan}["condition" in config.model]
+    score = {"transformer": evaluate_transformer, "vqgan": evaluate_vqgan}[kind]
     with jax.set_mesh(mesh):
         result = score(path, config, mesh, out_path.parent, batch=batch, examples=examples, samples=samples, seed=seed)
     result |= {"workdir": workdir, "seed": seed}
@@ -133,7 +141,8 @@ def read_images(source: Any, transform: Any, most: int) -> tuple[np.ndarray, np.
 
 def define_flags() -> None:
     """The flags of this script."""
-    flags.DEFINE_string("workdir", None, "Workdir of either trainer.")
+    config_flags.DEFINE_config_file("config", None, "Names the data (config.data) of a model that was imported.")
+    flags.DEFINE_string("workdir", None, "Workdir of either trainer, or an imported model.")
     flags.DEFINE_string("out", None, "JSON file to write.")
     flags.DEFINE_integer("batch", 32, "Images scored at once.", lower_bound=1)
     flags.DEFINE_integer("examples", 0, "Held-out images to score; 0 = all.", lower_bound=0)
@@ -151,6 +160,7 @@ if __name__ == "__main__":
             examples=FLAGS.examples,
             samples=FLAGS.samples,
             seed=FLAGS.seed,
+            config=FLAGS.config,
         ),
         required=("workdir", "out"),
     )

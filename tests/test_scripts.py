@@ -20,6 +20,7 @@ import train_vqgan
 from configs import common, demo_transformer, demo_vqgan
 from vqgan_jax import cli, pretrained
 from vqgan_jax.config import UserError
+from vqgan_jax.tools import convert
 from vqgan_jax.train.checkpoints import load
 
 ROOT = Path(__file__).parent.parent
@@ -148,6 +149,20 @@ def test_evaluate_scores_both_stages(runs, tmp_path):
     assert second["val_psnr"] == pytest.approx(first["val_psnr"], rel=1e-5)
     assert json.loads((tmp_path / "g.json").read_text()) == second
     assert (tmp_path / "reconstructions.png").exists()
+
+
+def test_an_imported_vqgan_is_scored_on_named_data(tmp_path):
+    golden = ROOT / "tests" / "golden" / "vqgan_tiny.ckpt"
+    assert convert.main(["--checkpoint", str(golden), "--out", str(tmp_path / "imported")]) == 0
+    scored = dict(batch=8, examples=0, samples=0, seed=0)
+    with pytest.raises(UserError, match="an imported model names no data"):
+        evaluate.evaluate(str(tmp_path / "imported"), str(tmp_path / "a.json"), **scored)
+    config = vqgan_config()
+    for name in ("imported", golden):
+        scores = evaluate.evaluate(str(tmp_path / name), str(tmp_path / "a.json"), **scored, config=config)
+        assert scores["val_images"] == 16
+    with pytest.raises(UserError, match="a VQGAN alone reconstructs"):
+        sample.sample(str(tmp_path / "imported"), str(tmp_path / "s"), number=1)
 
 
 def test_init_from_takes_parameters_and_starts_at_step_zero(runs, tmp_path):

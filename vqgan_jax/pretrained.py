@@ -77,9 +77,26 @@ def load_trained(path: str | Path, *, key: str, kind: str, best: bool = False) -
     return Trained(record, tree.get("params", {}), tree.get("collections", {}), tree.get("ema", {}))
 
 
+def kind_of(path: str | Path, *, key: str) -> str:
+    """Whether `path`, as `load_trained` takes it, holds a "vqgan" or a "transformer". Raises UserError for neither."""
+    path = Path(path)
+    if path.is_file():
+        with reference.open_checkpoint(path) as opened:
+            return opened.kind
+    if (stage := path / checkpoints.STAGE_RECORD).exists():
+        return json.loads(stage.read_text())["record"]["kind"]
+    if (config := path / "config.json").exists():
+        return "transformer" if "condition" in json.loads(config.read_text())["model"] else "vqgan"
+    raise UserError(f"{key}={path}: no trained model there (no config.json and no {checkpoints.STAGE_RECORD})")
+
+
 def _check_kind(path: Path, key: str, found: str, needed: str) -> None:
     if found != needed:
-        raise UserError(f"{key}={path}: holds a {found}, a {needed} is needed")
+        use = {
+            "vqgan": "a VQGAN alone reconstructs (evaluate.py) and serves train_transformer.py as --config.vqgan",
+            "transformer": "its first stage is in its folder first_stage/",
+        }[found]
+        raise UserError(f"{key}={path}: holds a {found}, a {needed} is needed; {use}")
 
 
 def _read_reference(path: Path, key: str, kind: str, folders: tuple[str, ...]) -> dict[str, Trained]:
