@@ -78,10 +78,9 @@ def test_the_recorded_commands_are_the_ones_that_ran(tmp_path):
 
 def test_the_environment_of_the_user_wins(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
     run = FakeRunner()
     demo.run_demo(tmp_path, run=run)
-    assert all(e["JAX_PLATFORMS"] == "cuda" and e["JAX_NUM_CPU_DEVICES"] == "2" for _, e in run.calls)
+    assert all(e["JAX_PLATFORMS"] == "cuda" for _, e in run.calls)
     assert all(environment["PATH"] == os.environ["PATH"] for _, environment in run.calls)
 
 
