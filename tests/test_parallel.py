@@ -41,13 +41,21 @@ def run(init, step, sizes, rows, frozen=None):
     mesh = mesh_of(sizes)
     with jax.set_mesh(mesh):
         state = parallel.init_sharded(init, mesh, jax.random.key(0))
-        fast, frozen = jax.jit(step), parallel.put_tree(frozen or {}, mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        traces = []
+
+        def counted(*args):
+            traces.append(1)
+            return step(*args)
+
+        fast = jax.jit(counted, out_shardings=(shardings, None))  # as the scripts pin them
+        frozen = parallel.put_tree(frozen or {}, mesh)
         metrics = []
         for k in range(3):
             batch = parallel.put_batch({name: x[k] for name, x in rows.items()}, mesh, 8)
             state, m = fast(state, batch, frozen)
             metrics.append(jax.device_get(m))
-    assert fast._cache_size() == 1, "one compilation for all steps"
+    assert len(traces) == 1, "one trace for all steps"
     return state, metrics
 
 

@@ -44,7 +44,8 @@ def tiny_run(config: ConfigDict, steps: str) -> ConfigDict:
 def vqgan_config(steps: str = "4") -> ConfigDict:
     config = tiny_run(demo_vqgan.get_config(), steps)
     ae = config.model.autoencoder
-    ae.resolution, ae.channels, ae.multipliers, ae.z_channels, ae.mid_attention = 16, 32, (1, 1), 32, False
+    ae.resolution, ae.stem, ae.channels, ae.multipliers = 16, 2, 32, (1, 1)
+    ae.z_channels, ae.mid_attention = 32, False
     config.model.quantizer = common.ema(16, 8)
     config.model.discriminator = ConfigDict(dict(enabled=True, channels=8, layers=2, norm="batch"))
     config.loss.adversarial_start = "1"
@@ -140,7 +141,8 @@ def test_larger_sizes_slide_and_a_moved_workdir_still_samples(runs, tmp_path):
     assert made.shape == (2, 16, 40, 3)
 
 
-def test_evaluate_scores_both_stages(runs, tmp_path):
+def test_evaluate_scores_both_stages(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "CLASSIFIER_STEPS", 5)
     scored = dict(batch=8, examples=0, samples=8, seed=0)
     first = evaluate.evaluate(str(runs / "vqgan"), str(tmp_path / "v.json"), **scored)
     assert {"val_psnr", "val_ssim", "codebook_usage", "codebook_perplexity", "val_psnr_p10"} <= set(first)

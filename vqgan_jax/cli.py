@@ -40,6 +40,10 @@ def run(main: Callable[[], None], *, required: Sequence[str]) -> None:
     """
 
     def parse(argv: Sequence[str]) -> list[str]:
+        for arg in argv:  # ml_collections would say so later, in many lines
+            path = arg.partition("=")[2].partition(":")[0]
+            if arg.lstrip("-").startswith("config=") and not Path(path).is_file():
+                fail(f"--config={path}: no such file")
         try:
             rest = flags.FLAGS(argv)
         except flags.Error as error:
