@@ -198,6 +198,20 @@ def test_unconditional_codes_train_score_and_sample(runs, tmp_path, monkeypatch)
         sample.sample("free", "out", number=1, classes=["1"])
 
 
+@pytest.mark.slow
+def test_gumbel_codes_train(tmp_path):
+    """Its temperature falls, and both networks learn."""
+    config = vqgan_config("3")
+    gumbel = dict(name="gumbel", codebook_size=16, dim=8, input_dim=8, kl_weight=5e-4, straight_through=True)
+    config.model.quantizer = ConfigDict(gumbel | dict(temperature_start=1.0, temperature_end=0.1, temperature_steps=4))
+    state = train_vqgan.train(config, str(tmp_path / "w"))
+    lines = [line for line in logged(tmp_path / "w") if "loss" in line]
+    temperatures = [line["quantizer/temperature"] for line in lines]
+    assert temperatures == sorted(temperatures, reverse=True) and temperatures[-1] < temperatures[0] == 1.0
+    assert all(np.isfinite(line["quantizer/kl"]) and line["skipped"] == 0 for line in lines)
+    assert int(state.step) == 3
+
+
 def test_a_folder_of_images_trains(tmp_path, caplog):
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 8)):

@@ -44,7 +44,7 @@ STEPS = (
     Step(
         "train the VQGAN",
         ("train_vqgan.py", "--config=configs/demo_vqgan.py", "--workdir={out}/vqgan"),
-        seconds=210,
+        seconds=200,
     ),
     Step(
         "train the transformer on its codes",
@@ -54,24 +54,24 @@ STEPS = (
             "--config.vqgan={out}/vqgan",
             "--workdir={out}/transformer",
         ),
-        seconds=210,
+        seconds=240,
     ),
     Step(
         "score both on held-out images",
         ("evaluate.py", "--workdir={out}/transformer", f"--out={{out}}/{report.EVALUATION}"),
-        seconds=60,
+        seconds=50,
         shown=("reconstructions.png", "reconstructions.png"),
     ),
     Step(
         "draw samples of every class",
         ("sample.py", "--workdir={out}/transformer", "--out={out}/samples", "--number=64", *SHARPER),
-        seconds=25,
+        seconds=12,
         shown=("samples/grid.png", "samples.png"),
     ),
     Step(
         "draw panoramas",
         ("sample.py", "--workdir={out}/transformer", "--out={out}/panorama", "--number=4", "--size=64x512", *SHARPER),
-        seconds=30,
+        seconds=20,
         shown=("panorama/grid.png", "panorama.png"),
     ),
 )
