@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -28,8 +27,7 @@ from vqgan_jax.evals.classifier import class_agreement, train_classifier
 from vqgan_jax.evals.codes import histogram_entropy, table_nll
 from vqgan_jax.evals.runner import encode_all, likelihood_scorer, reconstruction_scorer
 from vqgan_jax.models.vqgan import VQGAN
-from vqgan_jax.sampling.sampler import make_sampler
-from vqgan_jax.sampling.strategies import Strategy, row_keys
+from vqgan_jax.sampling.strategies import Strategy
 from vqgan_jax.train import code_cache, setup
 
 FLAGS = flags.FLAGS
@@ -116,18 +114,12 @@ def evaluate_transformer(path, config, mesh, folder, *, batch, examples, samples
 def score_classes(trained: Any, data: setup.Data, samples: int, batch: int, seed: int) -> dict[str, Any]:
     """Trains a classifier on real images, checks it on held-out ones, and lets it judge samples of every class."""
     model, classes = trained.model, len(data.train.classes)
-    decode = jax.jit(model.decode)
     pictures, labels = read_images(data.train, data.val_transform, CLASSIFIER_IMAGES)
     classifier = train_classifier(pictures, labels, classes, seed=seed, steps=CLASSIFIER_STEPS)
     accuracy = classifier.accuracy(*read_images(data.val, data.val_transform, 512))
-    draw = make_sampler(model, model.config.grid)
-    asked, made = np.resize(np.arange(classes, dtype=np.int32), samples), []
-    for start in range(0, samples, batch):
-        indices = np.arange(start, start + batch)
-        condition = model.condition.tokens(trained.frozen, {"label": jnp.asarray(asked[indices % samples])})
-        ids = draw(trained.split, condition, row_keys(seed, jnp.asarray(indices)), Strategy(), None)
-        made.append(images.to_uint8(np.asarray(decode(trained.frozen, ids))))
-    agreement = class_agreement(classifier, np.concatenate(made)[:samples], asked)
+    asked = np.resize(np.arange(classes, dtype=np.int32), samples)
+    made = trained.samples(asked, model.config.grid, seed=seed, batch=batch, strategy=Strategy())
+    agreement = class_agreement(classifier, np.concatenate(list(made)), asked)
     return {"class_agreement": agreement, "classifier_accuracy": accuracy, "class_samples": samples}
 
 

@@ -7,16 +7,13 @@ Writes one PNG an image, samples.npz (arr_0: uint8 [n, h, w, 3], and `label` whe
 beyond the trained one is made with the sliding window. The same seed gives image number i whatever the batch size.
 """
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
 from vqgan_jax import cli, images, pretrained
 from vqgan_jax.config import UserError
-from vqgan_jax.sampling.sampler import make_sampler
-from vqgan_jax.sampling.strategies import Strategy, row_keys
+from vqgan_jax.sampling.strategies import Strategy
 
 FLAGS = flags.FLAGS
 
@@ -41,22 +38,17 @@ def sample(
     trained = pretrained.open_transformer(workdir, key="--workdir", best=best)
     model, factor = trained.model, trained.model.first_stage.factor
     grid = parse_size(size, factor) if size else model.config.grid
-    draw, decode = make_sampler(model, grid), jax.jit(model.decode)
 
     # What to sample: image i is of class labels[i]
     names = trained.record.get("classes") or []
     count = len(names) or model.condition.vocab_size  # a data set may have fewer classes than its model
     labels = choose_labels(model.condition.keys, count, names, classes or [], number)
 
-    # Sampling, one compiled shape for all batches
-    made = []
-    for start in tqdm(range(0, number, batch), desc="sample", unit="batch"):
-        indices = np.arange(start, start + batch)
-        rows = {"label": jnp.asarray(labels[indices % number])}
-        condition = model.condition.tokens(trained.frozen, rows)
-        ids = draw(trained.split, condition, row_keys(seed, jnp.asarray(indices)), strategy or Strategy(), None)
-        pictures = images.to_uint8(np.asarray(decode(trained.frozen, ids)))[: number - start]
-        for index, picture in zip(indices, pictures, strict=False):
+    # Sampling
+    made: list[np.ndarray] = []
+    batches = trained.samples(labels, grid, seed=seed, batch=batch, strategy=strategy or Strategy())
+    for start, pictures in zip(tqdm(range(0, number, batch), desc="sample", unit="batch"), batches, strict=True):
+        for index, picture in enumerate(pictures, start):
             images.save_png(folder / f"{index:06d}.png", picture)
         made.append(pictures)
     made = np.concatenate(made)

@@ -82,14 +82,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         step = transformer_step.make_step(
             model, objective, tx, ema_decay=config.ema_decay, accumulation=config.accumulation
         )
-
-        shardings = jax.tree.map(lambda x: x.sharding, state)
-
-        @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-        def step_fn(state: TrainState, batch: Any, frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-            rate = learning_rate(state.step)
-            state, metrics = step(state, batch, frozen)
-            return state, metrics | {"learning_rate": rate}
+        step_fn = setup.jit_step(step, learning_rate, state, frozen)
 
         # Evaluations and pictures
         score = likelihood_scorer(model, mesh, config.batch_size)
@@ -98,7 +91,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         )
 
         def params(state: TrainState) -> Any:
-            return state.ema.get("transformer", state.params["transformer"])
+            return state.sampled("transformer")
 
         def evaluate(state: TrainState, step: int) -> Mapping[str, float]:
             return score(params(state), frozen, batches(data.val, data.val_transform, config.eval_examples))
@@ -110,7 +103,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         with open_writer(path, resume_step=start, hand_to_clu=config.hand_to_clu) as writer:
             return loop.train(
                 state,
-                step_fn=lambda state, batch: step_fn(state, batch, frozen),
+                step_fn=step_fn,
                 batches=setup.training_batches(config, mesh, train_rows, train_transform, start),
                 schedule=durations.schedule(config),
                 checkpoints=checkpoints,

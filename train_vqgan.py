@@ -68,14 +68,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         step = vqgan_step.make_step(
             model, objective, LPIPS(), tx, ema_decay=config.ema_decay, accumulation=config.accumulation
         )
-
-        shardings = jax.tree.map(lambda x: x.sharding, state)
-
-        @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-        def step_fn(state: TrainState, batch: Any, frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-            rate = learning_rate(state.step)
-            state, metrics = step(state, batch, frozen)
-            return state, metrics | {"learning_rate": rate}
+        step_fn = setup.jit_step(step, learning_rate, state, frozen)
 
         # Evaluations and pictures
         score = reconstruction_scorer(model, mesh, config.batch_size)
@@ -84,7 +77,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         shown = shown_batch(config, mesh, data) if config.images_shown else None
 
         def variables(state: TrainState) -> dict[str, Any]:
-            params = state.ema.get("generator", state.params["generator"])
+            params = state.sampled("generator")
             return {"params": params, **state.collections["generator"]}
 
         def evaluate(state: TrainState, step: int) -> Mapping[str, float]:
@@ -102,7 +95,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         with open_writer(path, resume_step=start, hand_to_clu=config.hand_to_clu) as writer:
             return loop.train(
                 state,
-                step_fn=lambda state, batch: step_fn(state, batch, frozen),
+                step_fn=step_fn,
                 batches=setup.training_batches(config, mesh, data.train, data.train_transform, start),
                 schedule=durations.schedule(config),
                 checkpoints=checkpoints,

@@ -6,7 +6,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,12 @@ from ml_collections import ConfigDict
 from vqgan_jax.config import UserError, upgrade
 from vqgan_jax.convert import names, reference
 from vqgan_jax.front_door import PretrainedTransformer, PretrainedVQGAN
+from vqgan_jax.images import to_uint8
 from vqgan_jax.models.gpt import split_layers
 from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
+from vqgan_jax.sampling.sampler import make_sampler
+from vqgan_jax.sampling.strategies import Strategy, row_keys
 from vqgan_jax.tokenizer import Tokenizer
 from vqgan_jax.torch_files import open_tensors
 from vqgan_jax.train import checkpoints
@@ -225,6 +228,19 @@ class TrainedTransformer:
     def split(self) -> Tree:
         """The parameters with layers apart, as the sampler takes them."""
         return split_layers(jax.tree.map(jnp.asarray, self.params))
+
+    def samples(
+        self, labels: np.ndarray, grid: tuple[int, int], *, seed: int, batch: int, strategy: Strategy
+    ) -> Iterator[np.ndarray]:
+        """Draws one picture a label, `batch` at a time: uint8 [up to batch, h, w, c]. Picture i depends on the seed and
+        on i, not on the batch. One compiled shape: the last batch is filled up and cut."""
+        draw, decode = make_sampler(self.model, grid), jax.jit(self.model.decode)
+        for start in range(0, len(labels), batch):
+            indices = np.arange(start, start + batch)
+            rows = {"label": jnp.asarray(labels[indices % len(labels)])}
+            condition = self.model.condition.tokens(self.frozen, rows)
+            ids = draw(self.split, condition, row_keys(seed, jnp.asarray(indices)), strategy, None)
+            yield to_uint8(np.asarray(decode(self.frozen, ids)))[: len(labels) - start]
 
 
 def open_transformer(

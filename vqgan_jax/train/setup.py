@@ -1,6 +1,7 @@
 """What both training scripts do before the loop: data, durations, restoring, the record that goes with a checkpoint."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -276,6 +277,24 @@ def _check_exclusion(prefix: str, names: Iterable[str], path: str) -> None:
         known = {"/".join(name[:depth]) for name in split if name[: depth - 1] == parts[: depth - 1]}
         if (part := "/".join(parts[:depth])) not in known:
             raise UserError(f"config.init_exclude: '{part}' is neither here nor in {path}{suggest(part, known)}")
+
+
+def jit_step(
+    step: Callable[..., Any], learning_rate: Callable[[jax.Array], jax.Array], state: TrainState, frozen: Tree
+) -> Callable[[TrainState, Any], Any]:
+    """The compiled `(state, batch) -> (state, metrics)` of a run, with `learning_rate` among the metrics.
+
+    The state is donated and keeps its shardings; `frozen` is an argument of the program, never a constant in it.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    def compiled(state: TrainState, batch: Any, frozen: Tree) -> Any:
+        rate = learning_rate(state.step)
+        state, metrics = step(state, batch, frozen)
+        return state, metrics | {"learning_rate": rate}
+
+    return lambda state, batch: compiled(state, batch, frozen)
 
 
 def profile_range(config: ConfigDict) -> tuple[int, int] | None:

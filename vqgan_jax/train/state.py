@@ -36,6 +36,10 @@ class TrainState:
         zero = jnp.zeros((), jnp.int32)
         return cls(zero, key, params, collections, opt_state, jax.tree.map(jnp.copy, ema), jnp.copy(zero))
 
+    def sampled(self, network: str) -> Tree:
+        """The parameters that evaluations and samples use: averaged ones where the run keeps them."""
+        return self.ema[network] if network in self.ema else self.params[network]
+
     def stream(self, name: str) -> jax.Array:
         """The key of a named random stream at this step: a function of (root key, step, name) alone."""
         streams = ("quantizer", "dropout", "second_quantizer", "second_dropout", "corruption")
