@@ -11,6 +11,7 @@ LAYERS = {
     "parallel": 0,
     "images": 0,
     "torch_files": 0,
+    "torch_pickle": 0,
     "weights": 0,
     "cli": 0,
     "models": 1,
