@@ -1,0 +1,171 @@
+"""The transformers of the paper, a row each (arXiv 2012.09841, Table 8; scene layouts: arXiv 2105.06458).
+
+    python train_transformer.py --config=configs/paper_transformer.py:class_imagenet_big --workdir=runs/x \\
+        --config.vqgan=runs/vqgan --config.data.path=/imagenet
+
+Arguments: the row's name first; `reference` the original's oddities; `runlocal` two steps. A row's `first` and `cond`
+name the stages of configs/paper_vqgan.py to train before it. All have 16 heads and codes of f16, or of the row's stage,
+on crops of 16 x 16 codes. The learning rate is 4.5e-6 times the batch.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import common, paper_vqgan
+from vqgan_jax.config import choose, parse_arg
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One model. `parameters` are those of the reference's layout (`:reference`), where kinds of tokens share ids."""
+
+    first: str  # row of paper_vqgan.py
+    parameters: int
+    layers: int = 24
+    width: int = 1024
+    cond: str = ""  # row of paper_vqgan.py, for a condition that is encoded
+    source: str = ""  # config.data.source, where it is not that of the stages
+    condition: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
+    positions: int = 512
+    dropout: float = 0.0
+    batch: int = 48
+    top_k: int = 100  # that the published figure was sampled with
+    published: str = ""
+
+
+def label(classes: int) -> dict[str, Any]:
+    """The class, one token."""
+    return {"name": "class", "classes": classes}
+
+
+def encoded(key: str) -> dict[str, Any]:
+    """A picture's codes."""
+    return {"name": "image", "input_key": key}
+
+
+def boxes(classes: int, flags: tuple[str, ...]) -> dict[str, Any]:
+    """At most 30 boxes of three tokens, and two for the crop."""
+    layout = dict(kind="boxes", max_objects=30, vocab=8192, classes=classes, crop=True, flags=flags, trim=True)
+    return {"name": "objects", **layout}
+
+
+COORDINATES = {"name": "coordinates", "codes": 1024, "factor": 16, "scheme": "joint"}
+FID, NLL = "FID {}", "NLL {} nats a token"
+
+ROWS = {
+    # Unconditional
+    "imagenet": Row("imagenet_f16_1024", 304_670_720, positions=256, published=NLL.format(4.78)),
+    "restricted_imagenet": Row("restricted_imagenet", 86_628_864, layers=12, width=768, published=NLL.format(4.78)),
+    "lsun_churches": Row("lsun_churches", 304_670_720, positions=256, published=NLL.format(4.63)),
+    "ffhq": Row("ffhq", 355_055_616, layers=28, positions=256, top_k=300, published=FID.format(9.6)),
+    "ffhq_big": Row("ffhq", 801_798_400, width=1664, positions=256, top_k=300),
+    "celebahq": Row("celebahq", 355_055_616, layers=28, positions=256, top_k=400, published=FID.format(10.2)),
+    # Class-conditional
+    "class_imagenet": Row("imagenet_f16_1024", 304_671_744, condition=label(1000), positions=257),
+    "class_imagenet_big": Row(
+        "imagenet_f16_16384",
+        1_410_642_432,
+        layers=48,
+        width=1536,
+        condition=label(1000),
+        positions=257,
+        batch=128,
+        top_k=973,
+        published="FID 15.78 with top-p 0.88; 5.20 with top-k 600 and 5 % acceptance",
+    ),
+    "class_restricted_imagenet": Row(
+        "restricted_imagenet", 129_316_608, layers=18, width=768, condition=label(1000), positions=257
+    ),
+    "class_cifar10": Row("cifar10", 304_671_744, condition=label(10), positions=257),
+    # Semantic synthesis
+    "ade20k": Row(
+        "ade20k",
+        361_609_216,
+        layers=28,
+        cond="ade20k_segmentation",
+        condition=encoded("segmentation"),
+        dropout=0.1,
+        published=FID.format(35.5),
+    ),
+    "coco": Row(
+        "coco",
+        651_307_520,
+        layers=32,
+        width=1280,
+        cond="coco_segmentation",
+        condition=encoded("segmentation"),
+        published=FID.format("22.4 (20.4 released)"),
+    ),
+    "sflckr": Row(
+        "sflckr_f16",
+        304_932_864,
+        cond="sflckr_segmentation",
+        condition=encoded("segmentation"),
+        published=NLL.format(4.49),
+    ),
+    # Structure, edges, resolution, pose
+    "depth_imagenet": Row("imagenet_f16_1024", 304_932_864, cond="imagenet_depth", condition=encoded("depth")),
+    "depth_restricted": Row(
+        "restricted_imagenet", 178_970_624, layers=14, cond="imagenet_depth", condition=encoded("depth")
+    ),
+    "depth_restricted_v2": Row(
+        "imagenet_f16_1024", 304_932_864, cond="imagenet_depth", condition=encoded("depth"), published=NLL.format(4.70)
+    ),
+    "edges_imagenet": Row("imagenet_f8", 304_932_864, cond="imagenet_edges", condition=encoded("edges")),
+    "super_resolution": Row(
+        "imagenet_f8", 153_778_176, layers=12, cond="imagenet_low_res", condition=encoded("low_res")
+    ),
+    "pose_deepfashion": Row(
+        "deepfashion", 129_549_312, layers=18, width=768, cond="deepfashion_keypoints", condition=encoded("keypoints")
+    ),
+    # Scenes
+    "coco_scenes": Row(
+        "coco",
+        975_876_352,
+        layers=40,
+        width=1408,
+        condition=boxes(183, ("group",)),
+        source="coco",
+        positions=348,
+        dropout=0.1,
+        batch=48,
+    ),
+    "open_images_scenes": Row(
+        "coco",
+        1_045_638_144,
+        layers=36,
+        width=1536,
+        condition=boxes(354, ("group", "occluded", "depiction", "inside")),
+        source="open_images",
+        positions=348,
+        dropout=0.1,
+        published="FID 41.48, SceneFID 14.60",
+    ),
+    # High resolution, of windows that know where they stand
+    "faceshq": Row("faceshq_f16", 304_932_864, condition=COORDINATES),
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, name="imagenet", runlocal=False, reference=False)
+    row = choose("--config=configs/paper_transformer.py", arg.name, ROWS)
+    first = paper_vqgan.ROWS[row.first]
+    config = common.transformer()
+    config.steps = "1e8 examples"
+    config.batch_size = row.batch
+    config.data = paper_vqgan.data(paper_vqgan.ROWS[row.cond or row.first])
+    config.data.source = row.source or config.data.source
+    config.data.image_size, config.data.classes = 16 * first.factor, first.classes
+
+    model = config.model
+    gpt = model.transformer
+    gpt.layers, gpt.width, gpt.block_size = row.layers, row.width, row.positions
+    gpt.embed_dropout = gpt.residual_dropout = gpt.attention_dropout = row.dropout
+    model.condition = ConfigDict(dict(row.condition))
+    config.sampling.top_k = row.top_k
+    if arg.reference:
+        common.reference(config)
+    return common.run_local(config) if arg.runlocal else config
