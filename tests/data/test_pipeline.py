@@ -1,6 +1,9 @@
-"""The pipeline: rows are a pure function of (seed, step, row), corrupt examples are replaced."""
+"""The pipeline: rows are a pure function of (seed, position), corrupt examples are replaced, dead workers too."""
 
 import dataclasses
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -11,8 +14,8 @@ import numpy as np
 import pytest
 
 from vqgan_jax.config import UserError
-from vqgan_jax.data.pipeline import evaluation, example_index, pipeline, prefetch_to_device
-from vqgan_jax.data.sources import CorruptExample
+from vqgan_jax.data.pipeline import Pipeline, evaluation, example_index, pipeline, prefetch_to_device
+from vqgan_jax.data.source import CorruptExample
 
 EIGHT = tuple(range(8))
 ROOT = Path(__file__).parents[2]
@@ -41,13 +44,13 @@ def draw(example, rng):
     return {"index": np.int32(example["index"]), "noise": rng.random(2, np.float32)}
 
 
-def open_numbers(source=None, *, rows=EIGHT, global_batch=8, seed=0, start_step=0, transform=draw, share=1.0, **how):
+def open_numbers(source=None, *, rows=EIGHT, global_batch=8, seed=0, start=0, transform=draw, share=1.0, **how):
     return pipeline(
         Numbers(21) if source is None else source,
         rows=np.array(rows),
         global_batch=global_batch,
         seed=seed,
-        start_step=start_step,
+        start=start,
         transform=transform,
         threads=how.get("threads", 0),
         processes=how.get("processes", 0),
@@ -130,6 +133,65 @@ def test_processes_do_not_change_batches_and_corrupt_examples_are_counted(proces
         assert batches.replaced == {"4.png": "broken", "5.png": "broken"}
 
 
+@pytest.mark.parametrize("hosts, processes, threads", [(1, 2, 2), (2, 1, 1), (2, 0, 3), (4, 0, 1), (4, 2, 0)])
+def test_a_global_batch_is_the_same_for_any_hosts_and_workers_and_from_any_step_on(hosts, processes, threads):
+    """What a step trains on is the same set of rows, each in its place, however it is read."""
+    whole = take(5, rows=range(40), global_batch=40)[2:]
+    shards = np.arange(40).reshape(hosts, -1)
+    for rows in shards if processes == 0 else shards[-1:]:  # starting a process takes seconds
+        part = take(3, rows=rows, global_batch=40, start=2 * 40, processes=processes, threads=threads)
+        assert_same(part, [{key: values[rows] for key, values in batch.items()} for batch in whole])
+
+
+def test_another_batch_size_goes_on_where_the_run_was():
+    """Three batches of 8, then batches of 6: each epoch still holds every example once, with the noise of its place."""
+    singles = take(24 + 4 * 6, rows=(0,), global_batch=1)
+    mixed = take(3) + take(4, rows=range(6), global_batch=6, start=24)
+    for key in ("index", "noise"):
+        np.testing.assert_array_equal(*(np.concatenate([b[key] for b in batches]) for batches in (singles, mixed)))
+    indices = np.concatenate([batch["index"] for batch in mixed])
+    assert sorted(indices[:21]) == sorted(indices[21:42]) == list(range(21))
+
+
+def kill_a_worker():
+    worker = next(child for child in multiprocessing.active_children() if child.name.startswith("grain"))
+    os.kill(worker.pid, signal.SIGKILL)
+
+
+def test_a_worker_process_that_is_killed_is_replaced_and_no_batch_changes(caplog):
+    many = {"rows": range(40), "global_batch": 40}
+    with open_numbers(processes=1, threads=1, **many) as batches:
+        before = [next(batches)]
+        kill_a_worker()
+        assert_same(before + [next(batches) for _ in range(5)], take(6, **many))
+    assert [r.getMessage() for r in caplog.records if "exit code -9; started anew" in r.getMessage()]
+
+
+def test_workers_that_die_again_and_again_end_the_run_in_one_line(monkeypatch):
+    opened = []
+
+    class Dead:
+        """Grain's iterator whose worker dies."""
+
+        def __init__(self, batches):
+            opened.append(batches)
+
+        def __next__(self):
+            raise RuntimeError("Worker process was terminated unexpectedly with exit code -9. Search the logs")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(Pipeline, "_open", lambda batches: Dead(batches))
+    with open_numbers(processes=2) as batches:
+        with pytest.raises(UserError, match="config.data.processes=2: .*exit code -9.* 0 to read in threads") as error:
+            next(batches)
+    assert len(opened) == 3 and "\n" not in str(error.value)
+    with open_numbers() as batches:  # without worker processes it is no worker's death
+        with pytest.raises(RuntimeError):
+            next(batches)
+
+
 def test_a_user_error_in_a_worker_process_arrives_as_itself():
     with open_numbers(transform=refuse, processes=1, threads=1) as batches:
         with pytest.raises(UserError, match="config.key"):
@@ -149,7 +211,7 @@ def test_a_user_error_in_a_thread_arrives_as_itself(threads):
 
 @pytest.mark.parametrize("step", [1, 5, 1000])
 def test_resumes_at_any_step(step):
-    assert_same(take(2, start_step=step), take(step + 2)[step:])
+    assert_same(take(2, start=8 * step), take(step + 2)[step:])
 
 
 def test_corrupt_examples_are_replaced_by_the_next_and_nothing_else_moves():
@@ -203,8 +265,8 @@ def test_an_empty_source_is_refused():
         evaluation(Numbers(0), rows=np.arange(2), global_batch=2, transform=draw)
 
 
-def evaluate(source, *, rows=(0, 1, 2, 3), threads=2, limit=None):
-    return evaluation(source, rows=np.array(rows), global_batch=4, transform=draw, limit=limit, threads=threads)
+def evaluate(source, *, rows=(0, 1, 2, 3), **options):
+    return evaluation(source, rows=np.array(rows), global_batch=4, transform=draw, **options)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 11])
@@ -239,6 +301,22 @@ def test_corrupt_examples_are_not_valid_in_evaluation():
     assert np.concatenate([batch["valid"] for batch in seen]).tolist() == [1, 0, 1, 1, 1, 0, 0, 0]
     with pytest.raises(UserError):
         list(evaluate(Numbers(2, frozenset({0, 1}))))
+
+
+def test_unreadable_examples_of_an_evaluation_are_named_once():
+    batches = evaluate(Numbers(6, frozenset({1, 5})))
+    assert len(list(batches)) == len(list(batches))
+    assert batches.unreadable == {"1.png": "broken", "5.png": "broken"}
+
+
+def test_a_part_of_a_source_is_evaluated_as_in_the_whole():
+    """The generators belong to the examples, whatever part they are read in; another seed draws others."""
+    source = Numbers(11, frozenset({6}))
+    whole, part = (list(evaluate(source, part=part, seed=1)) for part in (None, range(4, 9)))
+    rows, few = ({k: np.concatenate([b[k] for b in batches]) for k in batches[0]} for batches in (whole, part))
+    assert few["index"][few["valid"]].tolist() == [4, 5, 7, 8] and few["valid"].tolist() == [1, 1, 0, 1, 1, 0, 0, 0]
+    np.testing.assert_array_equal(few["noise"][:2], rows["noise"][4:6])
+    assert not np.isin(next(iter(evaluate(source, seed=2)))["noise"], rows["noise"]).any()
 
 
 def test_prefetch_passes_everything_on_in_order_and_ends():

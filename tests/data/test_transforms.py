@@ -8,8 +8,9 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from vqgan_jax import drawing
 from vqgan_jax.config import UserError
-from vqgan_jax.data import scenes
+from vqgan_jax.data import scenes, transforms
 from vqgan_jax.data.transforms import (
     FILTERS,
     KEYS,
@@ -18,13 +19,15 @@ from vqgan_jax.data.transforms import (
     choose_view,
     sample_boxes,
     sample_image,
+    sample_keypoints,
     sample_segmentation,
 )
 from vqgan_jax.images import from_uint8
+from vqgan_jax.object_tokens import ObjectTokens
 
 
 def transform(**fields):
-    base = Transform(tuple(KEYS), 16, "box", "center", (0.5, 1.0), False, 8, len(scenes.CLASSES))
+    base = Transform(tuple(KEYS), 16, "box", "center", (0.5, 1.0), False, 8, len(scenes.CLASSES), 0)
     return dataclasses.replace(base, **fields)
 
 
@@ -39,7 +42,8 @@ def rng(seed=0):
 def test_shapes_dtypes_and_ranges_for_any_source_size():
     for height, width in ((16, 16), (37, 91), (91, 37), (7, 5)):
         for crop in ("random", "center", "random_resized"):
-            row = transform(crop=crop, flip=True)(scenes.render(0, 1, height, width), rng())
+            example = scenes.render(0, 1, height, width) | {"keypoints": np.ones((4, 3), np.float32) / 2}
+            row = transform(crop=crop, flip=True)(example, rng())
             shapes = {key: value.shape for key, value in row.items()}
             pictures = {"image": (16, 16, 3), "segmentation": (16, 16), "depth": (16, 16, 1)}
             assert shapes == pictures | {
@@ -48,6 +52,8 @@ def test_shapes_dtypes_and_ranges_for_any_source_size():
                 "box_classes": (8,),
                 "box_flags": (8,),
                 "crop_box": (4,),
+                "coords": (16, 16, 2),
+                "keypoints": (16, 16, 3),
             }
             for key, value in row.items():
                 whole = key in ("label", "segmentation", "box_classes", "box_flags")
@@ -68,7 +74,7 @@ def test_only_the_keys_asked_for_are_made():
 
 def test_same_size_is_the_identity():
     scene = scenes.render(0, 3, 16, 16)
-    row = transform()(scene, rng())
+    row = transform(keys=("image", "segmentation", "depth", "crop_box"))(scene, rng())
     np.testing.assert_array_equal(row["image"], from_uint8(scene["image"]))
     np.testing.assert_array_equal(row["segmentation"], scene["segmentation"])
     np.testing.assert_allclose(row["depth"][..., 0], scene["depth"] * 2 - 1, atol=1e-6)
@@ -91,6 +97,23 @@ def test_no_antialias_is_linear_between_neighbours():
     np.testing.assert_array_equal(out[3, :, 0], np.arange(16) * 6 + 2)  # source pixel 3 i + 1
     up = sample_image(np.array([[[0] * 3, [100] * 3]] * 2, np.uint8), View(0, 0, 2, 2), 4, "bilinear_no_antialias")
     np.testing.assert_array_equal(up[0, :, 0], [0, 25, 75, 100])  # half-pixel centres, clamped at the border
+
+
+@pytest.mark.parametrize("height,width,size", [(50, 81, 16), (81, 50, 33), (7, 9, 20), (16, 16, 16), (375, 500, 256)])
+def test_opencv_changes_no_crop_and_no_pixel_by_more_than_one_level(monkeypatch, height, width, size):
+    pytest.importorskip("cv2")
+    image = noise(height, width)
+    crops = ("random", "center")
+    views = [choose_view(height, width, size, crop, (), True, rng(i)) for i in range(4) for crop in crops]
+    fast = [sample_image(image, view, size, "bilinear_no_antialias") for view in views]
+    if height != size:
+        assert all(transforms._crop_of_resized(image, view, size) is not None for view in views)
+        assert transforms._crop_of_resized(image, View(0.3, 0.2, 5.1, 5.1), size) is None
+    monkeypatch.setattr(transforms, "cv2", None)
+    for view, ours in zip(views, fast, strict=True):
+        theirs = sample_image(image, view, size, "bilinear_no_antialias")
+        assert ours.shape == theirs.shape == (size, size, 3) and ours.dtype == theirs.dtype == np.uint8
+        np.testing.assert_allclose(ours.astype(int), theirs, atol=1)
 
 
 def test_only_the_filter_without_antialias_keeps_a_fine_pattern():
@@ -116,7 +139,7 @@ def test_segmentation_takes_the_pixel_under_the_centre():
 
 
 def test_everything_moves_together():
-    """A square of one colour, id and depth with its box stays one thing under every crop and flip."""
+    """A square of one colour, id and depth with its box stays one thing under every crop and flip, and its places."""
     image, segmentation = np.zeros((60, 90, 3), np.uint8), np.zeros((60, 90), np.int32)
     depth = np.zeros((60, 90), np.float32)
     spot = slice(21, 39), slice(30, 54)
@@ -127,7 +150,9 @@ def test_everything_moves_together():
     seen = set()
     for seed in range(20):
         for crop in ("random", "random_resized"):
-            row = transform(size=48, crop=crop, flip=True, resize="bilinear")(example, rng(seed))
+            keys = tuple(key for key in KEYS if key not in ("crop_box", "keypoints"))
+            seen_by = transform(keys=keys, size=48, crop=crop, flip=True, resize="bilinear", resize_to=56)
+            row = seen_by(example, rng(seed))
             inside = row["segmentation"] == 7
             for soft in (row["image"][..., 0], row["depth"][..., 0]):
                 assert (inside != (soft > 0)).mean() < 0.05
@@ -139,23 +164,97 @@ def test_everything_moves_together():
             ys, xs = np.nonzero(inside)
             extent = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
             np.testing.assert_allclose([x, y, x + w, y + h], extent, atol=1)
-            # With the crop's box they lie in the whole picture, mirrored where the view is.
-            view = choose_view(60, 90, 48, crop, (0.5, 1.0), True, rng(seed))
-            whole = boxes[0] + [1 - 2 * boxes[0, 0] - boxes[0, 2], 0, 0, 0] if view.flip else boxes[0]
-            corner, extent = row["crop_box"][:2], row["crop_box"][2:]
-            back = corner + row["boxes"][0, :2] * extent
-            np.testing.assert_allclose(back, np.maximum(whole[:2], corner), atol=1e-5)
+            whole = dataclasses.replace(seen_by, keys=("boxes", "box_classes", "crop_box"))(example, rng(seed))
+            view = choose_view(60, 90, 48, crop, (0.5, 1.0), True, rng(seed), resize_to=56)
+            corner, extent = whole["crop_box"][:2], whole["crop_box"][2:]
             np.testing.assert_allclose(extent, [view.width / 90, view.height / 60], atol=1e-5)
+            middle = row["boxes"][0, :2] + row["boxes"][0, 2:] / 2
+            y, x = row["coords"][min(47, int(middle[1] * 48)), min(47, int(middle[0] * 48))]
+            np.testing.assert_allclose([x, y], corner + middle * extent, atol=0.02)
             seen.add((round(float(corner[0]), 3), view.flip))
     assert len(seen) > 10 and {flip for _, flip in seen} == {True, False}
 
 
+def test_boxes_beside_their_crop_are_those_of_the_whole_picture():
+    """Boxes relative to the view are the whole picture's, mapped through `crop_box` and clipped: the same objects."""
+    random = rng()
+    seen = 0
+    for seed in range(60):
+        height, width = random.integers(20, 90, 2)
+        corners = np.sort(random.random((7, 2, 2)), axis=1)
+        boxes = np.concatenate([corners[:, 0], corners[:, 1] - corners[:, 0]], axis=1).astype(np.float32)
+        example = {"image": noise(height, width), "boxes": boxes, "box_classes": np.arange(7, dtype=np.int32)}
+        keys = ("boxes", "box_classes", "box_flags")
+        view = transform(keys=keys, crop=("random", "center", "random_resized")[seed % 3], flip=True, max_boxes=4)
+        inner = view(example, rng(seed))
+        outer = dataclasses.replace(view, keys=(*keys, "crop_box"))(example, rng(seed))
+        np.testing.assert_array_equal(inner["box_classes"], outer["box_classes"])
+        real = inner["box_classes"] >= 0
+        crop = outer["crop_box"]
+        low = np.clip((outer["boxes"][:, :2] - crop[:2]) / crop[2:], 0, 1)
+        high = np.clip((outer["boxes"][:, :2] + outer["boxes"][:, 2:] - crop[:2]) / crop[2:], 0, 1)
+        np.testing.assert_allclose(np.concatenate([low, high - low], 1)[real], inner["boxes"][real], atol=1e-5)
+        kept = boxes[outer["box_classes"][real]]
+        if _flipped(view, height, width, seed):
+            kept[:, 0] = 1 - kept[:, 0] - kept[:, 2]
+        np.testing.assert_allclose(outer["boxes"][real], kept, atol=1e-5)
+        layout = ObjectTokens("boxes", 4, 8192, 7, crop=False, flags=(), trim=True)
+        ours, theirs = inner.values(), outer.values()
+        np.testing.assert_array_equal(layout.tokens(*ours), layout.tokens(*theirs))
+        seen += not np.allclose(inner["boxes"], outer["boxes"])
+    assert seen > 30
+
+
+def _flipped(view, height, width, seed):
+    """Whether the transform mirrors a picture of this size with this seed: by what it does to a ramp."""
+    ramp = np.tile(np.linspace(0, 255, width).astype(np.uint8)[None, :, None], (height, 1, 3))
+    row = dataclasses.replace(view, keys=("image",))({"image": ramp}, rng(seed))["image"][0, :, 0]
+    return row[0] > row[-1]
+
+
+def test_masks_and_depths_of_another_size_are_seen_through_the_same_view():
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[10:30, 15:45] = 255
+    small, large = (np.kron(image[::10, ::5, 0] > 0, np.ones((n, n))).astype(np.uint8) for n in (1, 7))
+    small = np.repeat(small, 2, axis=0)
+    for segmentation in (small[::2], large):
+        example = {"image": image, "segmentation": segmentation, "depth": segmentation.astype(np.float32)}
+        for seed in range(8):
+            row = transform(keys=("image", "segmentation", "depth"), crop="random_resized", flip=True)(
+                example, rng(seed)
+            )
+            inside = row["image"][..., 0] > 0
+            assert 0.2 < inside.mean() < 0.9
+            assert (inside != (row["segmentation"] > 0)).mean() < 0.15
+            assert (inside != (row["depth"][..., 0] > 0)).mean() < 0.15
+
+
+def test_resize_to_is_a_resize_followed_by_a_smaller_crop():
+    image = noise(60, 90)
+    resized = np.asarray(Image.fromarray(image).resize((30, 20), Image.Resampling.BICUBIC))
+    crops = [transform(keys=("image",), resize="bicubic", crop="random", resize_to=20)] * 8
+    rows = [crop({"image": image}, rng(seed))["image"] for seed, crop in enumerate(crops)]
+    corners = set()
+    for row in rows:
+        picture = np.rint((row + 1) * 127.5)
+        errors = {(y, x): np.abs(picture - resized[y : y + 16, x : x + 16]).max() for y in range(5) for x in range(15)}
+        best = min(errors, key=errors.get)
+        assert errors[best] <= 1
+        corners.add(best)
+    assert len(corners) > 4
+    centre = transform(keys=("image",), resize="bicubic", resize_to=20)({"image": image}, rng())["image"]
+    np.testing.assert_allclose(np.rint((centre + 1) * 127.5), resized[2:18, 7:23], atol=1)
+    with pytest.raises(UserError, match=r"config\.data\.resize_to: 12"):
+        transform(resize_to=12)
+
+
 def test_flip_mirrors_pixels_and_boxes():
     example = scenes.render(0, 5, 16, 16)
-    straight = transform()(example, rng())
+    keys = tuple(key for key in KEYS if key not in ("crop_box", "keypoints"))
+    straight = transform(keys=keys)(example, rng())
     flipped = next(
         row
-        for row in (transform(flip=True)(example, rng(seed)) for seed in range(20))
+        for row in (transform(keys=keys, flip=True)(example, rng(seed)) for seed in range(20))
         if not np.array_equal(row["image"], straight["image"])
     )
     for key in ("image", "segmentation", "depth"):
@@ -174,6 +273,21 @@ def test_boxes_are_clipped_and_those_outside_are_dropped():
     moved, visible = sample_boxes(boxes, inner, 100, 100)
     assert visible.tolist() == [False, True, True, False]
     np.testing.assert_allclose(moved[1:3], [[0.3, 0.3, 0.4, 0.4], [0.5, 0.5, 0.5, 0.5]], atol=1e-6)
+
+
+def test_keypoints_move_with_the_picture_and_change_sides_with_it():
+    points = np.array([[0.25, 0.5, 1], [0.5, 0.5, 1], [0.75, 0.5, 0], [0.9, 0.1, 1]], np.float32)
+    mirrored = np.array([1, 0, 2, 3])
+    whole = sample_keypoints(points, mirrored, View(0, 0, 80, 40), 40, 80)
+    np.testing.assert_allclose(whole[[0, 1, 3]], points[[0, 1, 3]])
+    assert not whole[2].any()
+    inner = sample_keypoints(points, mirrored, View(20, 10, 40, 20), 40, 80)
+    np.testing.assert_allclose(inner, [[0, 0.5, 1], [0.5, 0.5, 1], [0, 0, 0], [0, 0, 0]])
+    flipped = sample_keypoints(points, mirrored, View(20, 10, 40, 20, flip=True), 40, 80)
+    np.testing.assert_allclose(flipped, [[0.5, 0.5, 1], [1, 0.5, 1], [0, 0, 0], [0, 0, 0]])
+    example = {"image": noise(16, 16), "keypoints": points, "keypoints_mirrored": mirrored}
+    row = transform(keys=("keypoints",))(example, rng())
+    np.testing.assert_array_equal(row["keypoints"], from_uint8(drawing.keypoints(whole, 16, 16)))
 
 
 def test_padding_and_the_largest_boxes():
@@ -220,6 +334,7 @@ def test_what_the_source_lacks_or_gets_wrong_is_named():
 def test_from_config_evaluates_with_the_centre_crop():
     data = ConfigDict(
         {"image_size": 16, "resize": "box", "crop": "random", "crop_scale": [0.5, 1], "flip": True, "max_boxes": 8}
+        | {"resize_to": 0}
     )
     train, val = (Transform.from_config(data, keys=tuple(KEYS), classes=8, train=train) for train in (True, False))
     assert train == transform(crop="random", flip=True) and val == transform()

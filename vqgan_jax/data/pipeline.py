@@ -1,9 +1,11 @@
-"""Batches from a source, on Grain: row -> example is a pure function of (seed, step, row).
+"""Batches from a source, on Grain: row -> example is a pure function of (seed, position), the examples drawn before it.
 
-Nothing about a run's order is ever saved: a resumed run starts at its step, on any number of hosts, threads or worker
-processes. An unreadable example is replaced by the next readable one, so positions never shift, and is counted.
+Nothing about a run's order is ever saved but its position: a resumed run goes on there, with any batch size, number of
+hosts, threads or worker processes. An unreadable example is replaced by the next readable one, so positions never
+shift, and is counted.
 """
 
+import dataclasses
 import functools
 import queue
 import threading
@@ -18,7 +20,7 @@ from absl import flags, logging
 from grain.experimental import index_shuffle
 
 from vqgan_jax.config import UserError
-from vqgan_jax.data.sources import CorruptExample, Example, Source
+from vqgan_jax.data.source import CorruptExample, Example, Source
 
 Batch = dict[str, np.ndarray]
 Transform = Callable[[Example, np.random.Generator], dict[str, np.ndarray]]
@@ -27,6 +29,8 @@ _SHUFFLE, _AUGMENT = 1, 2  # keep the two uses of one seed apart
 _CHUNK = 16  # rows a unit of work: small enough to share a batch among threads, large enough to hide Grain's cost
 _SMALL = 1 << 16  # up to here a permutation is kept: Grain's index shuffle walks a domain of this size, slow for a few
 _ENOUGH = 100  # examples seen before the share of corrupt ones means anything
+_DEATHS = 3  # of worker processes, with no batch between them, before the run is given up
+_DIED = "process was terminated unexpectedly"  # how Grain says that one is gone
 
 
 def example_index(position: int, examples: int, seed: int) -> int:
@@ -70,22 +74,29 @@ class _Reader:
             return self.transform(example, np.random.default_rng(seed)), corrupt
 
 
+@dataclasses.dataclass(frozen=True)
 class _Chunks:
-    """The endless sequence of pieces of batches, for Grain: element k belongs to step start_step + k // pieces."""
+    """The endless sequence of pieces of batches, for Grain; element k is number `first` + k of the run's pieces.
 
-    def __init__(self, reader: _Reader, rows: np.ndarray, global_batch: int, seed: int, start_step: int):
-        self.reader, self.global_batch, self.seed, self.start_step = reader, global_batch, seed, start_step
-        self.pieces = np.array_split(rows, -(-len(rows) // _CHUNK))
+    `pieces` holds the rows of each piece of a batch; `start` is the position of the first row of the first batch.
+    """
+
+    reader: _Reader
+    pieces: tuple[np.ndarray, ...]
+    global_batch: int
+    seed: int
+    start: int
+    first: int = 0
 
     def __len__(self) -> int:
         return 1 << 60
 
     def __getitem__(self, k: int) -> tuple[Batch, list[int], dict[int, tuple[str, str]]]:
         """Rows stacked, the indices that were meant, and path and reason of those that could not be read."""
-        step, piece = divmod(k, len(self.pieces))
+        step, piece = divmod(self.first + k, len(self.pieces))
         rows, indices, corrupt = [], [], {}
         for row in self.pieces[piece]:
-            position = (self.start_step + step) * self.global_batch + int(row)
+            position = self.start + step * self.global_batch + int(row)
             indices.append(example_index(position, len(self.reader.source), self.seed))
             made, unreadable = self.reader(indices[-1], (_AUGMENT, self.seed, position))
             rows.append(made)
@@ -96,6 +107,8 @@ class _Chunks:
 class Pipeline(Iterator[Batch]):
     """Endless training batches of the rows of one host; made by `pipeline`. Close it, or use it as a context manager.
 
+    A worker process that dies (killed for its memory, say) is replaced, and no batch is lost or repeated.
+
     Attributes:
       replaced: reason by name of the examples that could not be read so far.
     """
@@ -103,28 +116,57 @@ class Pipeline(Iterator[Batch]):
     def __init__(self, chunks: _Chunks, threads: int, processes: int, max_corrupt_share: float):
         self.replaced: dict[str, str] = {}
         self._max_corrupt_share = max_corrupt_share
-        self._pieces = len(chunks.pieces)
+        self._chunks, self._threads, self._processes = chunks, threads, processes
+        self._taken = 0  # pieces
         # Of what was drawn, not of what was met in the search for a readable one: damage often comes in a row.
         self._seen = np.zeros(len(chunks.reader.source), bool)
         self._corrupt: set[int] = set()
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + self._pieces if threads else 0)
+        self._iterator = self._open()
+
+    def _open(self) -> Any:
+        """Grain's iterator from the next piece on."""
+        threads, processes, pieces = self._threads, self._processes, len(self._chunks.pieces)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + pieces if threads else 0)
+        chunks = dataclasses.replace(self._chunks, first=self._taken)
         dataset = grain.MapDataset.source(chunks).to_iter_dataset(options)
         if processes:
             if not flags.FLAGS.is_parsed():  # Grain asks for a flag of its own, also in a notebook or a test
                 flags.FLAGS.mark_as_parsed()
-            buffer = 1 + self._pieces // processes
+            buffer = 1 + pieces // processes
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(processes, per_worker_buffer_size=buffer))
-        self._iterator = iter(dataset)
+        return iter(dataset)
+
+    def _next_piece(self) -> tuple[Batch, list[int], dict[int, tuple[str, str]]]:
+        """The next piece, of new worker processes where one has died."""
+        for deaths in range(1, _DEATHS + 1):
+            try:
+                piece = next(self._iterator)
+            except RuntimeError as error:
+                if not self._processes or _DIED not in str(error):
+                    raise
+                self._iterator.close()
+                reason = str(error).partition(".")[0]
+                if deaths < _DEATHS:
+                    logging.warning("data pipeline: %s; started anew", reason)
+                    self._iterator = self._open()
+            else:
+                self._taken += 1
+                return piece
+        raise UserError(
+            f"config.data.processes={self._processes}: worker processes die again and again ({reason}), often for want "
+            "of memory; set fewer, or 0 to read in threads alone"
+        )
 
     def __next__(self) -> Batch:
         """The next batch: each key with a leading axis of the rows of this host.
 
         Raises:
-          UserError: too many corrupt examples, or what the transform says of an example.
+          UserError: too many corrupt examples, worker processes that die again and again, or what the transform says
+            of an example.
         """
         pieces = []
-        for _ in range(self._pieces):
-            piece, indices, corrupt = next(self._iterator)
+        for _ in self._chunks.pieces:
+            piece, indices, corrupt = self._next_piece()
             pieces.append(piece)
             self._seen[indices] = True
             self._corrupt.update(corrupt.keys() & indices)
@@ -162,7 +204,7 @@ def pipeline(
     rows: np.ndarray,
     global_batch: int,
     seed: int,
-    start_step: int,
+    start: int,
     transform: Transform,
     threads: int,
     processes: int,
@@ -175,7 +217,8 @@ def pipeline(
       rows: indices in 0..global_batch - 1 of the rows of the global batch that this host loads, in their order.
       global_batch: rows of a batch over all hosts.
       seed: of order and augmentation, >= 0.
-      start_step: the step whose batch comes first.
+      start: the position of the first batch: how many examples the run has drawn before it, over all hosts. The order
+        is that of positions, so a run that goes on with another batch size still sees every example once an epoch.
       transform: from a raw example and a generator to the arrays of one row.
       threads: reading threads (of each process); 0 reads when a batch is asked for.
       processes: worker processes; 0 reads in this one, which is enough while decoding is what takes the time.
@@ -187,28 +230,34 @@ def pipeline(
     if not len(source):
         raise UserError("config.data.source: it holds no examples")
     reader = _Reader(source, transform, max_corrupt_share)
-    chunks = _Chunks(reader, np.asarray(rows), global_batch, seed, start_step)
+    rows = np.asarray(rows)
+    pieces = tuple(np.array_split(rows, -(-len(rows) // _CHUNK)))
+    chunks = _Chunks(reader, pieces, global_batch, seed, start)
     return Pipeline(chunks, threads, processes, max_corrupt_share)
 
 
 class _EvaluationBatches:
     """The finite sequence of evaluation batches, for Grain."""
 
-    def __init__(self, reader: _Reader, rows: np.ndarray, global_batch: int, examples: int):
-        self.reader, self.rows, self.global_batch, self.examples = reader, rows, global_batch, examples
+    def __init__(self, reader: _Reader, rows: np.ndarray, global_batch: int, part: range, examples: int, seed: int):
+        self.reader, self.rows, self.global_batch = reader, rows, global_batch
+        self.part, self.examples, self.seed = part, examples, seed
 
     def __len__(self) -> int:
         return -(-self.examples // self.global_batch)
 
-    def __getitem__(self, step: int) -> Batch:
-        rows, valid = [], []
+    def __getitem__(self, step: int) -> tuple[Batch, dict[str, str]]:
+        """The batch, and the reason by name of the examples in it that could not be read."""
+        rows, valid, corrupt = [], [], {}
         for row in self.rows:
             position = step * self.global_batch + int(row)
-            index = min(position, self.examples - 1) * len(self.reader.source) // self.examples
-            made, unreadable = self.reader(index, (_AUGMENT, index))
+            index = self.part[min(position, self.examples - 1) * len(self.part) // self.examples]
+            made, unreadable = self.reader(index, (_AUGMENT, self.seed, index))
             rows.append(made)
             valid.append(position < self.examples and not unreadable)
-        return _stack(rows) | {"valid": np.array(valid)}
+            if index in unreadable:
+                corrupt[unreadable[index].path] = unreadable[index].reason
+        return _stack(rows) | {"valid": np.array(valid)}, corrupt
 
 
 def evaluation(
@@ -218,6 +267,8 @@ def evaluation(
     global_batch: int,
     transform: Transform,
     limit: int | None = None,
+    part: range | None = None,
+    seed: int = 0,
     threads: int = 2,
 ) -> "Evaluation":
     """Every example once, in order, the same on every pass and for every number of hosts.
@@ -228,8 +279,11 @@ def evaluation(
       source: the examples.
       rows: indices of the rows of the global batch that this host loads.
       global_batch: rows of a batch over all hosts.
-      transform: from a raw example to the arrays of one row; "center", without flip.
+      transform: from a raw example and a generator, a function of the seed and the example's index, to the arrays of
+        one row; for scores "center", without flip.
       limit: at most so many examples, spread evenly over the source; None takes all.
+      part: the indices of the examples to take, without holes; None takes all.
+      seed: of the transform's generators.
       threads: reading threads.
 
     Returns:
@@ -238,17 +292,23 @@ def evaluation(
     Raises:
       UserError: an empty source; while iterating, a source of which nothing can be read.
     """
-    examples = len(source) if limit is None else min(limit, len(source))
+    part = range(len(source)) if part is None else part
+    examples = len(part) if limit is None else min(limit, len(part))
     if not examples:
         raise UserError("config.data.source: it holds no examples")
     reader = _Reader(source, transform, max_corrupt_share=1.0)
-    return Evaluation(_EvaluationBatches(reader, np.asarray(rows), global_batch, examples), threads)
+    return Evaluation(_EvaluationBatches(reader, np.asarray(rows), global_batch, part, examples, seed), threads)
 
 
 class Evaluation:
-    """A sized iterable of evaluation batches; made by `evaluation`."""
+    """A sized iterable of evaluation batches; made by `evaluation`.
+
+    Attributes:
+      unreadable: reason by name of the examples that could not be read so far.
+    """
 
     def __init__(self, batches: _EvaluationBatches, threads: int):
+        self.unreadable: dict[str, str] = {}
         self._batches = batches
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
         self._dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
@@ -259,7 +319,9 @@ class Evaluation:
     def __iter__(self) -> Iterator[Batch]:
         iterator = iter(self._dataset)
         try:
-            yield from iterator
+            for batch, corrupt in iterator:
+                self.unreadable |= corrupt
+                yield batch
         finally:
             iterator.close()
 

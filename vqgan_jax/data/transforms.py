@@ -14,20 +14,28 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from vqgan_jax import drawing
 from vqgan_jax.config import UserError, choose, suggest
-from vqgan_jax.data.sources import Example
+from vqgan_jax.data.source import Example
 from vqgan_jax.images import from_uint8
+
+try:
+    import cv2
+except ImportError:  # the extra in requirements-fast.txt
+    cv2 = None
+else:
+    cv2.setNumThreads(1)  # the pipeline reads in threads of its own
 
 Array = np.ndarray
 
-_PILLOW_FILTERS = {
+ANTIALIASED = {
     "box": Image.Resampling.BOX,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
 NO_ANTIALIAS = "bilinear_no_antialias"
-FILTERS = (*_PILLOW_FILTERS, NO_ANTIALIAS)
+FILTERS = (*ANTIALIASED, NO_ANTIALIAS)
 CROPS = ("random", "center", "random_resized")
 
 
@@ -42,13 +50,21 @@ class View(NamedTuple):
 
 
 def choose_view(
-    height: int, width: int, size: int, crop: str, crop_scale: tuple[float, ...], flip: bool, rng: np.random.Generator
+    height: int,
+    width: int,
+    size: int,
+    crop: str,
+    crop_scale: tuple[float, ...],
+    flip: bool,
+    rng: np.random.Generator,
+    *,
+    resize_to: int = 0,
 ) -> View:
     """Draws the view of a picture [height, width] that becomes [size, size].
 
-    "random" and "center" are the crop that follows a resize of the short side to `size`: the corner lies on the grid of
-    the resized picture. "random_resized" takes a square whose area is a share, uniform in `crop_scale`, of that of the
-    largest square, anywhere in the picture. `flip` mirrors half of the pictures.
+    "random" and "center" are the crop that follows a resize of the short side to `resize_to` (0: to `size`): the corner
+    lies on the grid of the resized picture. "random_resized" takes a square whose area is a share, uniform in
+    `crop_scale`, of that of the largest square, anywhere in the picture. `flip` mirrors half of the pictures.
     """
     if crop == "random_resized":
         side = max(1.0, min(height, width) * math.sqrt(rng.uniform(*crop_scale)))
@@ -56,7 +72,8 @@ def choose_view(
         extent = side, side
     else:
         short = min(height, width)
-        resized_height, resized_width = (max(size, round(n * size / short)) for n in (height, width))
+        target = resize_to or size
+        resized_height, resized_width = (max(target, round(n * target / short)) for n in (height, width))
         spare = resized_height - size, resized_width - size
         top, left = (int(rng.integers(n + 1)) for n in spare) if crop == "random" else (n // 2 for n in spare)
         x_scale, y_scale = width / resized_width, height / resized_height
@@ -71,11 +88,21 @@ def sample_image(image: Array, view: View, size: int, resize: str) -> Array:
     if width == height == size and x == int(x) and y == int(y):  # nothing to resample
         out = image[int(y) : int(y) + size, int(x) : int(x) + size]
     elif resize == NO_ANTIALIAS:
-        out = np.rint(_bilinear(image, view, size)).astype(np.uint8)
+        out = _crop_of_resized(image, view, size) if cv2 else None
+        if out is None:
+            out = np.rint(_bilinear(image, view, size)).astype(np.uint8)
     else:
         corners = (x, y, min(x + width, image.shape[1]), min(y + height, image.shape[0]))
-        out = np.asarray(Image.fromarray(image).resize((size, size), _PILLOW_FILTERS[resize], box=corners))
+        out = np.asarray(Image.fromarray(image).resize((size, size), ANTIALIASED[resize], box=corners))
     return out[:, ::-1] if flip else out
+
+
+def on_grid_of(view: View, height: int, width: int, other: Array) -> View:
+    """The view of a picture [height, width] on a map of the same scene that has other sides, such as a mask."""
+    if other.shape[:2] == (height, width):
+        return view
+    y, x = other.shape[0] / height, other.shape[1] / width
+    return View(view.x * x, view.y * y, view.width * x, view.height * y, view.flip)
 
 
 def sample_segmentation(segmentation: Array, view: View, size: int) -> Array:
@@ -113,11 +140,52 @@ def sample_boxes(boxes: Array, view: View, height: int, width: int) -> tuple[Arr
     return np.concatenate([low, extent], axis=1).astype(np.float32), (extent > 0).all(axis=1)
 
 
+def sample_keypoints(points: Array, mirrored: Array, view: View, height: int, width: int) -> Array:
+    """Points float32 [n, 3] (x, y relative to a picture [height, width], seen) relative to `view`.
+
+    Args:
+      points: in the picture.
+      mirrored: int [n], which point each is in a mirrored picture, where left and right change places.
+      view: what is seen.
+      height: of the picture.
+      width: of the picture.
+
+    Returns:
+      [n, 3], all zeros for a point that is not seen.
+    """
+    x = (points[:, 0] * width - view.x) / view.width
+    y = (points[:, 1] * height - view.y) / view.height
+    seen = (points[:, 2] > 0) & (x >= 0) & (x <= 1) & (y >= 0) & (y <= 1)
+    moved = np.stack([1 - x if view.flip else x, y, np.ones_like(x)], axis=1) * seen[:, None]
+    return (moved[mirrored] if view.flip else moved).astype(np.float32)
+
+
+def sample_coords(view: View, height: int, width: int, size: int) -> Array:
+    """Where the view's pixels stand in the picture (mirrored where the view is): (y, x) in [0, 1], [size, size, 2]."""
+    x, y, w, h = crop_box(view, height, width)
+    steps = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
+    return np.stack(np.meshgrid(y + steps * h, x + steps * w, indexing="ij"), axis=-1)
+
+
 def crop_box(view: View, height: int, width: int) -> Array:
     """The view as a box float32 [4] (x, y, w, h) relative to the picture, which is mirrored where the view is."""
     x = width - view.x - view.width if view.flip else view.x
     box = np.array([x / width, view.y / height, view.width / width, view.height / height], np.float32)
     return np.clip(box, 0, 1)
+
+
+def _crop_of_resized(image: Array, view: View, size: int) -> Array | None:
+    """`_bilinear` by OpenCV as uint8, within one level of it; None unless the view is a crop of the resized picture."""
+    ends, starts = [], []
+    for start, extent, n in zip((view.y, view.x), (view.height, view.width), image.shape[:2], strict=True):
+        end = round(size * n / extent)
+        offset = round(start * end / n)
+        if abs(size * n / end - extent) > 1e-6 or abs(offset * n / end - start) > 1e-6:
+            return None
+        ends.append(end)
+        starts.append(offset)
+    resized = cv2.resize(image, tuple(ends[::-1]), interpolation=cv2.INTER_LINEAR)
+    return resized[starts[0] : starts[0] + size, starts[1] : starts[1] + size]
 
 
 def _bilinear(image: Array, view: View, size: int) -> Array:
@@ -147,8 +215,11 @@ class Transform:
       crop: one of CROPS.
       crop_scale: (low, high) share of the area for "random_resized".
       flip: mirror half of the examples.
-      max_boxes: rows of `boxes`; of more boxes the largest are kept.
+      max_boxes: rows of `boxes`; of more boxes those of which most is seen are kept. Boxes are relative to what is
+        seen and clipped to it; with `crop_box` among the keys they are relative to the whole picture that it is cut
+        from, mirrored as it is, and those that it touches stay.
       classes: number of labels.
+      resize_to: what the short side is resized to before the crop; 0 is `size`.
     """
 
     keys: tuple[str, ...]
@@ -159,6 +230,7 @@ class Transform:
     flip: bool
     max_boxes: int
     classes: int
+    resize_to: int
 
     def __post_init__(self):
         for key in self.keys:
@@ -169,6 +241,11 @@ class Transform:
             len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
         ):
             raise UserError(f"config.data.crop_scale: takes 0 < low <= high <= 1, got {self.crop_scale}")
+        if self.resize_to and self.resize_to < self.size:
+            raise UserError(
+                f"config.data.resize_to: {self.resize_to} is less than config.data.image_size={self.size}, which is "
+                "cut out afterwards; 0 resizes to that"
+            )
 
     @classmethod
     def from_config(cls, data: ConfigDict, *, keys: tuple[str, ...], classes: int, train: bool) -> "Transform":
@@ -182,6 +259,7 @@ class Transform:
             flip=bool(data.flip and train),
             max_boxes=data.max_boxes,
             classes=classes,
+            resize_to=data.resize_to,
         )
 
     def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Array]:
@@ -194,8 +272,17 @@ class Transform:
         Raises:
           UserError: the source has no such data, or a label is no class.
         """
+        return self.through(self.view(example, rng), example)
+
+    def view(self, example: Example, rng: np.random.Generator) -> View:
+        """The view of this example that `rng` draws."""
         height, width = example["image"].shape[:2]
-        view = choose_view(height, width, self.size, self.crop, self.crop_scale, self.flip, rng)
+        return choose_view(
+            height, width, self.size, self.crop, self.crop_scale, self.flip, rng, resize_to=self.resize_to
+        )
+
+    def through(self, view: View, example: Example) -> dict[str, Array]:
+        """The row's arrays, all seen through one view. Raises as `__call__` does."""
         return {key: KEYS[key](self, example, view) for key in self.keys}
 
     def _image(self, example: Example, view: View) -> Array:
@@ -210,10 +297,22 @@ class Transform:
         return np.int32(label)
 
     def _segmentation(self, example: Example, view: View) -> Array:
-        return sample_segmentation(_take(example, "segmentation"), view, self.size)
+        segmentation = _take(example, "segmentation")
+        view = on_grid_of(view, *example["image"].shape[:2], segmentation)
+        return sample_segmentation(segmentation, view, self.size)
 
     def _depth(self, example: Example, view: View) -> Array:
-        return sample_depth(_take(example, "depth"), view, self.size)
+        depth = _take(example, "depth")
+        return sample_depth(depth, on_grid_of(view, *example["image"].shape[:2], depth), self.size)
+
+    def _keypoints(self, example: Example, view: View) -> Array:
+        points = _take(example, "keypoints")
+        mirrored = example.get("keypoints_mirrored", np.arange(len(points)))
+        moved = sample_keypoints(points, mirrored, view, *example["image"].shape[:2])
+        return from_uint8(drawing.keypoints(moved, self.size, self.size))
+
+    def _coords(self, example: Example, view: View) -> Array:
+        return sample_coords(view, *example["image"].shape[:2], self.size)
 
     def _crop_box(self, example: Example, view: View) -> Array:
         return crop_box(view, *example["image"].shape[:2])
@@ -232,11 +331,15 @@ class Transform:
         return _padded(flags[kept].astype(np.int32), self.max_boxes, 0)
 
     def _kept_boxes(self, example: Example, view: View) -> tuple[Array, Array]:
-        """All boxes as seen in the view, and the indices of those that stay, in the source's order."""
-        boxes, visible = sample_boxes(_take(example, "boxes"), view, *example["image"].shape[:2])
+        """All boxes as the batch has them, and the indices of those that stay, in the source's order."""
+        height, width = example["image"].shape[:2]
+        boxes, visible = sample_boxes(_take(example, "boxes"), view, height, width)
         kept = np.flatnonzero(visible & (_take(example, "box_classes") >= 0))
         areas = boxes[kept, 2] * boxes[kept, 3]
-        return boxes, np.sort(kept[np.argsort(-areas, kind="stable")[: self.max_boxes]])
+        kept = np.sort(kept[np.argsort(-areas, kind="stable")[: self.max_boxes]])
+        if "crop_box" in self.keys:
+            boxes, _ = sample_boxes(example["boxes"], View(0, 0, width, height, view.flip), height, width)
+        return boxes, kept
 
 
 def _take(example: Example, key: str) -> Any:
@@ -259,4 +362,6 @@ KEYS: dict[str, Callable[[Transform, Example, View], Array]] = {
     "box_classes": Transform._box_classes,
     "box_flags": Transform._box_flags,
     "crop_box": Transform._crop_box,
+    "coords": Transform._coords,
+    "keypoints": Transform._keypoints,
 }
