@@ -1,102 +1,134 @@
-"""A data set's codes, made once by the first stage and kept in the workdir: what stage 2 reads in place of pictures."""
+"""Codes in place of pictures: what stage 2 trains on where a data set was encoded once (see encoding.py)."""
 
 import dataclasses
-import hashlib
-import json
-import zipfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from etils import epath
 from ml_collections import ConfigDict
 
-from vqgan_jax.config import plain
-from vqgan_jax.data.transforms import Transform
-from vqgan_jax.evals.runner import encode_all
-from vqgan_jax.train.setup import Data, Tree, evaluation_batches
+from vqgan_jax import storage
+from vqgan_jax.config import UserError
+from vqgan_jax.data import records
+from vqgan_jax.data.source import Example
+from vqgan_jax.train import encoding
+from vqgan_jax.train.setup import COND_STAGE, FIRST_STAGE, Data
 from vqgan_jax.transformer import ImageTransformer
 
-Arrays = Mapping[str, np.ndarray]
+Tree = Any
+FOLDER = "codes"  # in a workdir
+_AGAIN = "encode the data again: python -m vqgan_jax.tools.encode"
 
 
 @dataclasses.dataclass(frozen=True)
-class CodeSource:
-    """Rows of cached arrays ("codes/image" int32 [n, h, w], `label` [n]) as a `Source`."""
+class ReadView:
+    """Turns a record into a batch row: one of its views, drawn anew each time, or the first.
 
-    arrays: Arrays
-    classes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.arrays["codes/image"])
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {name: values[index] for name, values in self.arrays.items()}
-
-
-def as_is(example: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """The transform of cached rows: nothing."""
-    return {name: np.asarray(value) for name, value in example.items()}
-
-
-def encode_source(model: ImageTransformer, frozen: Tree, mesh: Mesh, batch: int, data: Data) -> Arrays:
-    """Encodes the training split's centre crops, and their mirror images too where the config mirrors.
-
-    Returns:
-      {"codes/image": int32 [n or 2n, h, w], "label": int32 [n or 2n] where there are labels}.
+    Fields:
+      keys: batch keys.
+      draw: whether to draw the view; the pipeline's generator makes it a function of seed and position, so that an
+        epoch has every example once, in a view of its own.
     """
-    views = [data.val_transform, *([_Mirrored(data.val_transform)] if data.train_transform.flip else [])]
-    parts = []
-    for number, view in enumerate(views, 1):
-        batches = evaluation_batches(batch, mesh, data.train, view, 0)
-        parts.append(
-            encode_all(model, frozen, batches, mesh, batch, f"encode the data set, view {number}/{len(views)}")
-        )
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    keys: tuple[str, ...]
+    draw: bool
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        view = int(rng.integers(len(example[encoding.IMAGE_CODES]))) if self.draw else 0
+        return {key: encoding.unpack(example, key, view) for key in self.keys}
 
 
-def open_cache(
-    path: Path, config: ConfigDict, stages: Mapping[str, str], encode: Callable[[], Arrays], *, keep: bool = True
-) -> CodeSource:
-    """Reads the cache, or makes and writes it; one made by other stages or of other data is made anew.
+def open_data(
+    config: ConfigDict,
+    workdir: epath.Path,
+    model: ImageTransformer,
+    frozen: Tree,
+    stages: Mapping[str, str],
+    open_images: Callable[[], Data],
+) -> Data:
+    """What stage 2 trains on: the codes in `config.codes`; with `config.cache_codes` those in the workdir, made where
+    they are missing or of something else; or the pictures themselves.
 
     Args:
-      path: `codes.npz` in the workdir.
-      config: the whole config; its data part identifies the cache.
+      config: the whole config.
+      workdir: of the run.
+      model: encodes.
+      frozen: variables of the frozen networks by name, on every host.
       stages: hashes of the frozen stages.
-      encode: makes the arrays. Runs on all hosts.
-      keep: write what was made.
+      open_images: opens the pictures; not called where `config.codes` serves.
+
+    Raises:
+      UserError: see `open_codes` and `encoding.write_codes`.
     """
-    data = {name: value for name, value in plain(config.data).items() if name not in ("threads", "processes")}
-    described = json.dumps([data, config.dtype, dict(stages)], sort_keys=True)
-    key = hashlib.sha256(described.encode()).hexdigest()
-    arrays = _read(path, key)
-    if multihost_utils.process_allgather(np.asarray(arrays is not None)).all():
-        return CodeSource(arrays)
-    arrays = encode()
-    if keep and jax.process_index() == 0:
-        partial = path.with_name(f"{path.name}.tmp.npz")
-        np.savez(partial, key=np.asarray(key), **arrays)
-        partial.replace(path)
-    return CodeSource(arrays)
+    if config.codes:
+        return open_codes(config.codes, model, stages)
+    data = open_images()
+    if not config.cache_codes:
+        return data
+    folder = storage.path(workdir) / FOLDER
+    views = encoding.CENTER_FLIP if config.data.flip else encoding.CENTER
+    encoding.write_codes(
+        folder,
+        encoding.describe(config, model, stages, data, views),
+        model=model,
+        frozen=frozen,
+        data=data,
+        batch=config.batch_size,
+        threads=config.data.threads,
+        max_corrupt_share=config.data.max_corrupt_share,
+        replace=True,
+    )
+    return open_codes(folder, model, stages)
 
 
-def _read(path: Path, key: str) -> Arrays | None:
+def open_codes(folder: str | epath.Path, model: ImageTransformer, stages: Mapping[str, str]) -> Data:
+    """Opens both splits of a folder of codes.
+
+    Args:
+      folder: what `encoding.write_codes` wrote, local or gs://.
+      model: what trains on them.
+      stages: hashes of its frozen stages.
+
+    Raises:
+      UserError: no codes there, or those of another VQGAN, of another grid, or without what the condition needs.
+    """
+    where = f"config.codes={folder}"
+    train, val = (records.Records(folder, split, kind=records.CODES) for split in ("train", "val"))
+    manifest = train.manifest
+    keys = encoding.cached_keys(model)
+    if missing := [key for key in keys if key not in manifest["keys"]]:
+        raise UserError(
+            f"{where}: has no '{missing[0]}', which config.model.condition needs (it has "
+            f"{', '.join(manifest['keys'])}); {_AGAIN}"
+        )
+    if "boxes" in keys and ("crop_box" in keys) != ("crop_box" in manifest["keys"]):
+        kinds = ("what is seen", "the whole picture")
+        theirs, ours = (kinds["crop_box" in names] for names in (manifest["keys"], keys))
+        raise UserError(f"{where}: its boxes are relative to {theirs}, config.model.condition takes {ours}; {_AGAIN}")
+    named = {FIRST_STAGE: "config.vqgan"}
+    if encoding.encoded_condition(model):
+        named[COND_STAGE] = "config.cond_vqgan"
+    for stage, key in named.items():
+        theirs, ours = manifest["stages"][stage], stages[stage]
+        if theirs != ours:
+            raise UserError(f"{where}: was made by another VQGAN ({theirs[:12]}) than {key} ({ours[:12]}); {_AGAIN}")
+    if tuple(manifest["grid"]) != tuple(model.config.grid):
+        theirs, ours = ("x".join(map(str, grid)) for grid in (manifest["grid"], model.config.grid))
+        raise UserError(f"{where}: holds {theirs} codes a picture, config.model.grid is {ours}; set it, or {_AGAIN}")
+    if "label" in keys and len(train.classes) > model.condition.vocab_size:
+        raise UserError(
+            f"config.model.condition.classes: the model has {model.condition.vocab_size}, {where} has "
+            f"{len(train.classes)}; raise it"
+        )
+    return Data(train, val, ReadView(keys, draw=True), ReadView(keys, draw=False))
+
+
+def open_ready(
+    config: ConfigDict, workdir: epath.Path, model: ImageTransformer, stages: Mapping[str, str]
+) -> Data | None:
+    """The codes that a run was trained on, as `open_codes`; None where it was trained on pictures, or they are gone."""
     try:
-        with np.load(path) as file:
-            arrays = dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return open_codes(config.get("codes") or storage.path(workdir) / FOLDER, model, stages)
+    except UserError:
         return None
-    return arrays if str(arrays.pop("key", "")) == key else None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Mirrored:
-    transform: Transform
-
-    def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        row = self.transform(example, rng)
-        return {name: value[:, ::-1] if value.ndim >= 2 else value for name, value in row.items()}
