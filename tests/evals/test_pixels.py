@@ -54,6 +54,20 @@ def test_equals_scikit_image(golden, name, tolerance):
     np.testing.assert_allclose(measured, golden[name], atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize("size", [(11, 11), (40, 23), (64, 64)])
+def test_equals_the_scikit_image_that_is_installed(size):
+    metrics = pytest.importorskip("skimage.metrics")
+    rng = np.random.default_rng(size[1])
+    a = rng.integers(0, 256, (3, *size, 3), np.uint8)
+    b = np.clip(a + rng.normal(0, [[[[2]]], [[[20]]], [[[90]]]], a.shape), 0, 255).astype(np.uint8)
+    wanted = {"psnr": [metrics.peak_signal_noise_ratio(x, y, data_range=255) for x, y in zip(a, b, strict=True)]}
+    window = {"gaussian_weights": True, "use_sample_covariance": False, "channel_axis": -1, "data_range": 255}
+    wanted["ssim"] = [metrics.structural_similarity(x, y, **window) for x, y in zip(a, b, strict=True)]
+    for name, values in wanted.items():
+        measured = jax.jit(getattr(pixels, name))(from_uint8(a), from_uint8(b))
+        np.testing.assert_allclose(measured, values, atol=2e-5, rtol=1e-5, err_msg=name)
+
+
 def test_equal_images_score_perfectly(golden):
     a = from_uint8(golden["a"])
     assert np.isposinf(pixels.psnr(a, a)).all()

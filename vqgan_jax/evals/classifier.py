@@ -32,8 +32,8 @@ class _ConvNet(nn.Module):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _predict(net: _ConvNet, params: dict, pixels: jax.Array) -> jax.Array:
-    return net.apply(params, from_uint8(pixels)).argmax(axis=-1)
+def _probabilities(net: _ConvNet, params: dict, pixels: jax.Array) -> jax.Array:
+    return jax.nn.softmax(net.apply(params, from_uint8(pixels)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +43,18 @@ class Classifier:
     net: _ConvNet
     params: dict
 
-    def predict(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [n, h, w, 3] -> int32 [n], the likeliest class of each."""
-        predictions = []
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [n, h, w, 3] -> float32 [n, classes]."""
+        found = [np.zeros((0, self.net.classes), np.float32)]
         for start in range(0, len(images), _BATCH):
             batch = images[start : start + _BATCH]
             padding = [(0, _BATCH - len(batch)), (0, 0), (0, 0), (0, 0)]  # one compiled shape for any n
-            predictions.append(np.asarray(_predict(self.net, self.params, np.pad(batch, padding)))[: len(batch)])
-        return np.concatenate(predictions) if predictions else np.zeros(0, np.int32)
+            found.append(np.asarray(_probabilities(self.net, self.params, np.pad(batch, padding)))[: len(batch)])
+        return np.concatenate(found)
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [n, h, w, 3] -> int [n], the likeliest class of each."""
+        return self.probabilities(images).argmax(axis=-1)
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
         """The share in [0, 1] of images, uint8 [n, h, w, 3], whose class is that of labels [n]."""

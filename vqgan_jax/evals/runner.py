@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from vqgan_jax import losses, parallel
 from vqgan_jax.config import UserError
-from vqgan_jax.evals.codes import NLLMetrics
-from vqgan_jax.evals.pixels import ReconstructionMetrics
+from vqgan_jax.evals.codes import NLLMetrics, PerImage
+from vqgan_jax.evals.pixels import ReconstructionMetrics, through_uint8
+from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.vqgan import VQGAN, model_input
 from vqgan_jax.transformer import ImageTransformer
 
@@ -21,35 +22,50 @@ Batches = Iterable[Mapping[str, np.ndarray]]
 Tree = Any
 
 
+def reconstruction_step(model: VQGAN, perceptual: LPIPS | None = None) -> Callable[..., tuple[Any, jax.Array, Any]]:
+    """Returns the jitted `step(variables, lpips, batch) -> (metrics, reconstructions, lpips values)` of a VQGAN of
+    pictures: the batch's ReconstructionMetrics, uint8 [b, h, w, c], and a PerImage of LPIPS distances (None without
+    `perceptual`, whose variables are `lpips`)."""
+    size = model.config.quantizer.codebook_size
+
+    @jax.jit
+    def step(variables: Tree, lpips: Tree, batch: Mapping[str, jax.Array]) -> tuple[Any, jax.Array, Any]:
+        images, valid = model_input(model.config, batch), batch["valid"]
+        output = model.apply(variables, images)
+        scores = ReconstructionMetrics.single_from_model_output(
+            image=images, reconstruction=output.reconstruction, codes=output.ids, codebook_size=size, valid=valid
+        )
+        rebuilt = through_uint8(output.reconstruction)
+        distances = None
+        if perceptual is not None:
+            with jax.default_matmul_precision("highest"):  # accelerators would round inputs to fewer bits
+                values = perceptual.apply(lpips, through_uint8(images), rebuilt)
+            distances = PerImage.from_model_output(values=values, mask=valid)
+        return scores, jnp.round((rebuilt + 1) * 127.5).astype(jnp.uint8), distances
+
+    return step
+
+
 def reconstruction_scorer(model: VQGAN, mesh: Mesh, batch: int) -> Callable[[Tree, Batches], dict[str, float]]:
     """Returns `score(variables, batches)`: PSNR, SSIM, L1, codebook usage and perplexity of pictures in uint8; for a
     segmentation `bce` and `accuracy`, the share of pixels whose likeliest label is right."""
-    size = model.config.quantizer.codebook_size
-    segmentation = model.config.input_key == "segmentation"
+    if model.config.input_key != "segmentation":
+        step = reconstruction_step(model)
+        return lambda variables, batches: merge(
+            _collect(lambda rows: step(variables, {}, rows)[0], batches, mesh, batch)
+        )
 
     @jax.jit
-    def step(variables: Tree, batch: Mapping[str, jax.Array]) -> Any:
-        images = model_input(model.config, batch)
+    def step(variables: Tree, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        images, valid = model_input(model.config, batch), batch["valid"]
         output = model.apply(variables, images)
-        if segmentation:
-            right = jnp.mean(output.reconstruction.argmax(-1) == images.argmax(-1), axis=(1, 2))
-            bce = jax.vmap(losses.binary_cross_entropy)(output.reconstruction, images)
-            valid = batch["valid"]
-            return {name: jnp.sum(jnp.where(valid, x, 0)) for name, x in (("accuracy", right), ("bce", bce))} | {
-                "images": valid.sum()
-            }
-        return ReconstructionMetrics.single_from_model_output(
-            image=images,
-            reconstruction=output.reconstruction,
-            codes=output.ids,
-            codebook_size=size,
-            valid=batch["valid"],
-        )
+        right = jnp.mean(output.reconstruction.argmax(-1) == images.argmax(-1), axis=(1, 2))
+        bce = jax.vmap(losses.binary_cross_entropy)(output.reconstruction, images)
+        sums = {name: jnp.sum(jnp.where(valid, x, 0)) for name, x in (("accuracy", right), ("bce", bce))}
+        return sums | {"images": valid.sum()}
 
     def score(variables: Tree, batches: Batches) -> dict[str, float]:
         results = _collect(lambda rows: step(variables, rows), batches, mesh, batch)
-        if not segmentation:
-            return _merge(results)
         sums = jax.tree.map(lambda *x: float(sum(x)), *results)
         return {name: value / sums["images"] for name, value in sums.items() if name != "images"}
 
@@ -68,7 +84,7 @@ def likelihood_scorer(
         return NLLMetrics.single_from_model_output(logits=logits, targets=codes, valid=batch["valid"])
 
     def score(params: Tree, frozen: Tree, batches: Batches) -> dict[str, float]:
-        return _merge(_collect(lambda rows: step(params, frozen, rows), batches, mesh, batch))
+        return merge(_collect(lambda rows: step(params, frozen, rows), batches, mesh, batch))
 
     return score
 
@@ -93,7 +109,8 @@ def _collect(step: Callable[[Any], Any], batches: Batches, mesh: Mesh, batch: in
         return [step(parallel.put_batch(rows, mesh, batch)) for rows in batches]
 
 
-def _merge(results: list[Any]) -> dict[str, float]:
+def merge(results: list[Any]) -> dict[str, float]:
+    """One set of figures from the metrics of every batch. Raises UserError: there was none."""
     if not results:
         raise UserError("the data set has no held-out examples to score")
     total = functools.reduce(lambda a, b: a.merge(b), results)

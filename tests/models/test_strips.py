@@ -1,0 +1,74 @@
+"""Layer by layer in strips = the plain model, for every kind of layer, within the memory that was asked for."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import reference as ref
+from vqgan_jax.config import UserError
+from vqgan_jax.models.strips import apply_in_strips
+from vqgan_jax.models.vqgan import VQGAN
+
+STEM = dataclasses.replace(
+    ref.VQGAN_TINY, autoencoder=dataclasses.replace(ref.autoencoder((1, 2), ()), stem=4, mid_attention=False)
+)
+WIDER = dataclasses.replace(ref.VQGAN_TINY, autoencoder=ref.autoencoder((1, 2, 2), (16, 8)))
+CONFIGS = {"tiny": ref.VQGAN_TINY, "stem": STEM, "wider": WIDER, "gumbel": ref.GUMBEL_TINY}
+
+
+def made(config, dtype=jnp.float32):
+    model = VQGAN(config, dtype)
+    images = jnp.zeros((1, 32, 32, 3))
+    variables = jax.jit(model.init)({"params": jax.random.key(0), "quantizer": jax.random.key(1)}, images)
+    return model, jax.device_get(variables)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_decoding_in_strips_equals_the_plain_decoder(name):
+    model, variables = made(CONFIGS[name])
+    ids = np.asarray(jax.random.randint(jax.random.key(2), (2, 13, 9), 0, 48))
+    plain = np.asarray(jax.jit(lambda v, x: model.apply(v, x, method="decode"))(variables, ids))
+    whole, most = apply_in_strips(model, variables, ids, method="decode", budget=1 << 30)
+    strips, peak = apply_in_strips(model, variables, ids, method="decode", budget=most // 3)
+    assert peak <= most // 3
+    for made_so in (whole, strips):
+        np.testing.assert_allclose(made_so, plain, atol=1e-4 * ref.scale(plain))
+
+
+@pytest.mark.parametrize("name", ["tiny", "stem", "wider"])
+def test_encoding_in_strips_gives_the_same_ids(name):
+    model, variables = made(CONFIGS[name])
+    f = model.config.factor
+    images = np.asarray(jax.random.uniform(jax.random.key(3), (1, 18 * f, 10 * f, 3), minval=-1))
+    plain = np.asarray(jax.jit(lambda v, x: model.apply(v, x, method="encode"))(variables, images))
+    strips, _ = apply_in_strips(model, variables, images, method="encode", budget=1 << 20)
+    assert strips.shape == (1, 18, 10)
+    assert (strips == plain).mean() > 0.99  # a code may win by less than rounding
+
+
+def test_the_norm_keeps_far_off_means():
+    """A single pass over float32 would lose the variance beside a mean of a thousand."""
+    from vqgan_jax.models.strips import Strips, _statistics
+
+    x = np.asarray(1e3 + jax.random.normal(jax.random.key(0), (1, 64, 8, 32)), np.float32)
+    mean, variance = _statistics(Strips(1 << 16), x)
+    exact = x.astype(np.float64).reshape(1, -1, 32)
+    np.testing.assert_allclose(mean, exact.mean(1), rtol=1e-6)
+    np.testing.assert_allclose(variance, exact.var(1), rtol=1e-3)
+
+
+def test_bfloat16_strips_stay_near_the_plain_model():
+    model, variables = made(ref.VQGAN_TINY, jnp.bfloat16)
+    ids = np.asarray(jax.random.randint(jax.random.key(2), (1, 16, 8), 0, 48))
+    plain = np.asarray(jax.jit(lambda v, x: model.apply(v, x, method="decode"))(variables, ids))
+    strips, _ = apply_in_strips(model, variables, ids, method="decode", budget=1 << 19)
+    assert np.abs(strips - plain).mean() < 0.02 * ref.scale(plain)
+
+
+def test_a_budget_below_one_row_is_refused():
+    model, variables = made(ref.VQGAN_TINY)
+    with pytest.raises(UserError, match="memory budget"):
+        apply_in_strips(model, variables, np.zeros((1, 16, 8), np.int32), method="decode", budget=1000)
