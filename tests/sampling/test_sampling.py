@@ -11,7 +11,8 @@ from vqgan_jax.config import UserError
 from vqgan_jax.models.gpt import split_layers
 from vqgan_jax.models.vqgan import VQGAN
 from vqgan_jax.sampling.decoder import decode
-from vqgan_jax.sampling.sliding import slide, window_start
+from vqgan_jax.sampling.large import window_logits
+from vqgan_jax.sampling.sliding import Wavefront, slide, window_start
 from vqgan_jax.sampling.strategies import Strategy, draw, filter_logits, row_keys
 from vqgan_jax.tokenizer import Tokenizer
 from vqgan_jax.transformer import ArchitectureConfig, ImageTransformer, TransformerConfig
@@ -21,7 +22,7 @@ def class_transformer():
     """The class-conditional fixture: model, parameters (stacked), frozen variables."""
     tensors = ref.checkpoint("class_transformer_tiny.ckpt")
     config = TransformerConfig(
-        ArchitectureConfig(2, 4, 32, 64, 0, 0.0, 0.0, 0.0), ClassLabelConfig(10), (8, 8), "row_major", True
+        ArchitectureConfig(2, 4, 32, 64, 0, 0.0, 0.0, 0.0), ClassLabelConfig(10), (8, 8), "row_major", True, 0.0
     )
     model = ImageTransformer(config, Tokenizer(VQGAN(ref.FIRST_STAGE_TINY)))
     frozen = {"first_stage": ref.vqgan_variables(ref.FIRST_STAGE_TINY, tensors, "first_stage_model.")}
@@ -32,7 +33,12 @@ def depth_transformer():
     """The depth-conditional fixture."""
     tensors = ref.checkpoint("depth_transformer_tiny.ckpt")
     config = TransformerConfig(
-        ArchitectureConfig(2, 2, 32, 512, 0, 0.0, 0.0, 0.0), EncodedImageConfig("depth"), (16, 16), "row_major", True
+        ArchitectureConfig(2, 2, 32, 512, 0, 0.0, 0.0, 0.0),
+        EncodedImageConfig("depth"),
+        (16, 16),
+        "row_major",
+        True,
+        0.0,
     )
     stages = Tokenizer(VQGAN(ref.FIRST_STAGE_TINY)), Tokenizer(VQGAN(ref.DEPTH_STAGE_TINY))
     model = ImageTransformer(config, *stages)
@@ -62,7 +68,8 @@ def test_greedy_cached_sampling_equals_the_reference():
     np.testing.assert_allclose(image, golden["greedy_image"], atol=1e-4 * ref.scale(golden["greedy_image"]))
 
 
-def test_greedy_sliding_window_equals_the_reference():
+@pytest.mark.parametrize("serial", [True, False])
+def test_greedy_sliding_window_equals_the_reference(serial):
     golden = ref.golden("depth_transformer_tiny.npz")
     model, params, frozen = depth_transformer()
     logits = model.logits(params, golden["cond_tokens"], golden["tokens"])
@@ -71,11 +78,9 @@ def test_greedy_sliding_window_equals_the_reference():
     np.testing.assert_array_equal(condition, golden["slide/cond_tokens"])
     split = split_layers(params)
 
-    def window_logits(patch, top, left, at):
-        window = jax.lax.dynamic_slice(condition, (0, top, left), (1, 16, 16)).reshape(1, -1)
-        return model.window_logits(split, window, patch, at)
-
-    run = jax.jit(lambda keys: slide(window_logits, (22, 27), (16, 16), keys, Strategy(greedy=True)))
+    logits = window_logits(model, split, condition.reshape(1, -1), (22, 27), Strategy(greedy=True))
+    wavefront = Wavefront((22, 27), (16, 16), serial=serial)
+    run = jax.jit(lambda keys: slide(wavefront, logits, keys, Strategy(greedy=True)))
     ids = run(row_keys(0, jnp.arange(1)))
     np.testing.assert_array_equal(ids, golden["slide/greedy_tokens"])
     image = model.decode(frozen, ids)
@@ -113,8 +118,8 @@ def test_the_window_covering_the_grid_equals_the_plain_sampler_and_given_ids_sta
     given = (ids.reshape(2, -1), mask.reshape(2, -1))
     plain = sample(model, params, labels, keys, Strategy(), 64, given)
     split = split_layers(params)
-    window_logits = lambda patch, top, left, at: model.window_logits(split, labels, patch, at)  # noqa: E731
-    slid = jax.jit(lambda: slide(window_logits, (8, 8), (8, 8), keys, Strategy(), given=(ids, mask)))()
+    logits = window_logits(model, split, labels, (8, 8), Strategy())
+    slid = jax.jit(lambda: slide(Wavefront((8, 8), (8, 8)), logits, keys, Strategy(), given=(ids, mask)))()
     np.testing.assert_array_equal(slid.reshape(2, -1), plain)
     np.testing.assert_array_equal(np.asarray(slid)[mask], np.asarray(ids)[mask])
 
@@ -167,4 +172,4 @@ def test_window_starts_follow_both_conventions():
 
 def test_a_grid_below_the_window_is_refused():
     with pytest.raises(UserError, match="smaller than the window"):
-        slide(lambda *a: None, (4, 8), (8, 8), row_keys(0, jnp.arange(1)), Strategy())
+        Wavefront((4, 8), (8, 8))

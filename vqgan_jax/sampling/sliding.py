@@ -1,13 +1,22 @@
-"""Pictures larger than the trained grid: the sliding attention window (arXiv 2012.09841, section 3.2), serial."""
+"""Pictures larger than the trained grid: the sliding attention window (arXiv 2012.09841, section 3.2).
 
-from collections.abc import Callable
+Token (i, j) sees the row above only as far as its window's right edge, so a row may start as soon as the one above is
+a window's width ahead: rows that lag by that much run as one batch of windows, and every token is the one that it
+would be if all were drawn one after the other.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vqgan_jax.config import UserError
-from vqgan_jax.sampling.strategies import Strategy, draw
+from vqgan_jax.sampling.strategies import Strategy, next_token
 
+Given = tuple[jax.Array, jax.Array]
 WindowLogits = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 CENTRES = {"upper": lambda size: size // 2, "lower": lambda size: (size - 1) // 2}
 
@@ -21,47 +30,133 @@ def window_start(position: jax.Array | int, size: int, window: int, centre: str 
     return jnp.clip(position - CENTRES[centre](window), 0, size - window)
 
 
-def slide(
-    window_logits: WindowLogits,
-    grid: tuple[int, int],
-    window: tuple[int, int],
-    keys: jax.Array,
-    strategy: Strategy,
-    *,
-    centre: str = "upper",
-    given: tuple[jax.Array, jax.Array] | None = None,
-) -> jax.Array:
-    """Draws every token of a grid in raster order, each from the tokens of its own window before it.
+@dataclasses.dataclass(frozen=True)
+class Wavefront:
+    """In which order the tokens of a grid are drawn: at step s, slot k draws token (s // lag - k, s % lag + k * lag),
+    where that lies in the grid.
 
-    Args:
-      window_logits: `(window ids [b, h * w], top, left, index of the token in the window) -> logits [b, v]`; what
-        stands after the token must not matter.
+    Attributes:
       grid: height and width of the whole grid, each at least the window's.
       window: height and width of the window, as trained.
-      keys: one key a row [b].
-      strategy: how to draw.
       centre: see `window_start`.
-      given: (ids int32 [b, H, W], mask bool [b, H, W]): kept as given where the mask is set.
-
-    Returns:
-      int32 [b, H, W].
+      serial: one token after the other, in raster order, as the reference.
+      multiple: the number of slots is one of this, so that they divide over devices; some may be idle.
 
     Raises:
       UserError: a grid smaller than the window.
     """
-    if grid[0] < window[0] or grid[1] < window[1]:
-        raise UserError(f"a grid of {grid[0]}x{grid[1]} codes is smaller than the window of {window[0]}x{window[1]}")
-    b, (height, width), (h, w) = keys.shape[0], grid, window
-    empty = jnp.zeros((b, height, width), jnp.int32)
-    fixed_ids, fixed = given or (empty, jnp.zeros(empty.shape, bool))
 
-    def token(n: jax.Array, ids: jax.Array) -> jax.Array:
-        i, j = n // width, n % width
-        top, left = window_start(i, height, h, centre), window_start(j, width, w, centre)
-        patch = jax.lax.dynamic_slice(ids, (0, top, left), (b, h, w)).reshape(b, h * w)
-        logits = window_logits(patch, top, left, (i - top) * w + (j - left))
-        drawn = draw(jax.vmap(jax.random.fold_in, (0, None))(keys, n), logits, strategy)
-        drawn = jnp.where(fixed[:, i, j], fixed_ids[:, i, j], drawn)
-        return ids.at[:, i, j].set(drawn)
+    grid: tuple[int, int]
+    window: tuple[int, int]
+    centre: str = "upper"
+    serial: bool = False
+    multiple: int = 1
 
-    return jax.lax.fori_loop(0, height * width, token, empty)
+    def __post_init__(self) -> None:
+        (height, width), (h, w) = self.grid, self.window
+        if height < h or width < w:
+            raise UserError(f"a grid of {height}x{width} codes is smaller than the window of {h}x{w}")
+
+    @property
+    def lag(self) -> int:
+        """Columns by which a row stays behind the one above: at its left edge a token sees a window's width of it."""
+        return self.grid[1] if self.serial else self.window[1]
+
+    @property
+    def slots(self) -> int:
+        """Windows of one picture that run at once."""
+        return -(-self.grid[1] // (self.lag * self.multiple)) * self.multiple
+
+    @property
+    def steps(self) -> int:
+        """Of the whole grid."""
+        return self.grid[1] + (self.grid[0] - 1) * self.lag
+
+    @functools.cached_property
+    def needed(self) -> np.ndarray:
+        """How many first tokens of its window a step looks at, int [steps], never falling: in the middle of the grid
+        no more than up to the window's centre, at the lower edge all."""
+        (height, width), (h, w) = self.grid, self.window
+        i, j = np.arange(height)[:, None], np.arange(width)[None]
+        top, left = (np.clip(x - CENTRES[self.centre](m), 0, n - m) for x, n, m in ((i, height, h), (j, width, w)))
+        inside = (i - top) * w + j - left + 1
+        needed = np.zeros(self.steps, int)
+        np.maximum.at(needed, (i * self.lag + j).ravel(), inside.ravel())
+        middle = min(h * w, (CENTRES[self.centre](h) + 1) * w)
+        return np.maximum.accumulate(np.where(needed <= middle, middle, h * w))
+
+    def segments(self, most: int | None = None) -> Iterator[tuple[int, int, int]]:
+        """All steps as (first, last + 1, tokens of a window that are looked at), at most `most` at a time."""
+        first = 0
+        while first < self.steps:
+            same = int(np.searchsorted(self.needed, self.needed[first], side="right"))
+            last = same if most is None else min(same, first + most)
+            yield first, last, int(self.needed[first])
+            first = last
+
+
+def advance(
+    wavefront: Wavefront,
+    window_logits: WindowLogits,
+    ids: jax.Array,
+    keys: jax.Array,
+    strategy: Strategy,
+    first: jax.Array | int,
+    last: jax.Array | int,
+    length: int,
+    given: Given | None = None,
+) -> jax.Array:
+    """Draws the tokens of the steps first..last - 1.
+
+    Args:
+      wavefront: the order.
+      window_logits: `(first tokens of the windows [s, b, length], top [s], left [s], index of the token in the window
+        [s]) -> logits [s, b, v]`, for s windows of b pictures; what stands after the token must not matter. Guided: of
+        `interleave`'s rows, [s, 2b, v].
+      ids: int32 [b, H, W], the tokens so far.
+      keys: one key a picture [b].
+      strategy: how to draw.
+      first, last: steps, may be traced.
+      length: static, of `segments`.
+      given: (ids int32 [b, H, W], mask bool [b, H, W]): kept as given where the mask is set.
+
+    Returns:
+      int32 [b, H, W].
+    """
+    b, (height, width), (h, w) = ids.shape[0], wavefront.grid, wavefront.window
+    slot = jnp.arange(wavefront.slots)
+    start = functools.partial(window_start, centre=wavefront.centre)
+    given = given and tuple(map(jnp.asarray, given))
+
+    def step(s: jax.Array, ids: jax.Array) -> jax.Array:
+        row, column = s // wavefront.lag - slot, s % wavefront.lag + slot * wavefront.lag
+        drawn_here = (row >= 0) & (row < height) & (column < width)
+        i, j = jnp.clip(row, 0, height - 1), jnp.clip(column, 0, width - 1)
+        top, left = start(i, height, h), start(j, width, w)
+        windows = jax.vmap(lambda t, u: jax.lax.dynamic_slice(ids, (0, t, u), (b, h, w)))(top, left)
+        at = jnp.minimum((i - top) * w + j - left, length - 1)
+        logits = window_logits(windows.reshape(-1, b, h * w)[..., :length], top, left, at)
+
+        def draw(logits: jax.Array, n: jax.Array) -> jax.Array:
+            return next_token(keys, logits, strategy, ids.reshape(b, -1), n, height * width)
+
+        drawn = jax.vmap(draw)(logits, i * width + j).T
+        if given is not None:
+            drawn = jnp.where(given[1][:, i, j], given[0][:, i, j], drawn)
+        return ids.at[:, jnp.where(drawn_here, i, height), j].set(drawn, mode="drop")
+
+    return jax.lax.fori_loop(first, last, step, ids)
+
+
+def slide(
+    wavefront: Wavefront,
+    window_logits: WindowLogits,
+    keys: jax.Array,
+    strategy: Strategy,
+    given: Given | None = None,
+) -> jax.Array:
+    """Draws every token of the grid, in one program: int32 [b, H, W]. Arguments as of `advance`."""
+    ids = jnp.zeros((keys.shape[0], *wavefront.grid), jnp.int32)
+    for first, last, length in wavefront.segments():
+        ids = advance(wavefront, window_logits, ids, keys, strategy, first, last, length, given)
+    return ids

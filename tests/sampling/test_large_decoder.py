@@ -1,0 +1,65 @@
+"""Large grids: every exact way gives the plain decoder's picture, tiles fade without seams, the budget chooses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import reference as ref
+from vqgan_jax import parallel
+from vqgan_jax.models.strips import apply_in_strips
+from vqgan_jax.models.vqgan import VQGAN
+from vqgan_jax.sampling.large_decoder import decode_tiles, plan
+
+MODEL = VQGAN(ref.VQGAN_TINY)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return jax.device_get(jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+
+
+def decode(variables, ids):
+    return MODEL.apply(variables, ids, method="decode")
+
+
+def in_strips(variables, ids, budget):
+    return apply_in_strips(MODEL, variables, ids, method="decode", budget=budget)
+
+
+def test_the_budget_chooses_and_every_exact_way_agrees(variables):
+    mesh = parallel.make_mesh({"data": 4, "fsdp": 2, "tensor": 1})
+    alone = parallel.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    ids = np.asarray(jax.random.randint(jax.random.key(1), (1, 32, 16), 0, 64))
+    plans, budget = [], 1 << 40
+    for chosen_mesh in (alone, mesh, alone):
+        plans.append(plan(decode, in_strips, variables, ids.shape, ids.dtype, budget=budget, mesh=chosen_mesh))
+        budget = plans[0].bytes - 1
+    assert [p.way for p in plans] == ["whole", "sharded", "strips"]
+    assert plans[1].bytes < plans[0].bytes
+    whole, *others = (p.run(variables, ids) for p in plans)
+    assert whole.shape == (1, 64, 32, 3)
+    for other in others:
+        np.testing.assert_allclose(other, whole, atol=1e-4 * ref.scale(whole))
+
+
+@pytest.mark.parametrize("size", [(5, 9), (8, 8), (23, 31)])
+def test_tiles_of_a_local_decoder_are_exact(size):
+    """A decoder without any view beyond the code leaves nothing for the blend to hide."""
+    table = np.random.default_rng(0).normal(size=(16, 4, 3)).astype(np.float32)
+
+    @jax.jit
+    def local(variables, ids):
+        b, h, w = ids.shape
+        return variables[ids].reshape(b, h, w, 2, 2, 3).transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, 3)
+
+    ids = np.random.default_rng(1).integers(16, size=(2, *size))
+    made = decode_tiles(local, table, ids, 2, tile=8, overlap=3)
+    np.testing.assert_allclose(made, local(table, ids), atol=1e-5)
+
+
+def test_tiles_of_the_model_are_near_the_whole(variables):
+    ids = np.asarray(jax.random.randint(jax.random.key(1), (1, 24, 16), 0, 64))
+    whole = np.asarray(jax.jit(decode)(variables, ids))
+    made = decode_tiles(jax.jit(decode), variables, ids, 2, tile=16, overlap=4)
+    assert 0 < np.abs(made - whole).mean() < 0.5 * np.abs(whole - whole.mean()).mean()

@@ -1,0 +1,186 @@
+"""The sliding window: rows at once = one token after the other, for every kind of condition; blocks; going on."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import reference as ref
+from tests.sampling.models import random_transformer
+from vqgan_jax import parallel
+from vqgan_jax.conditioning import CoordinatesConfig, EncodedImageConfig
+from vqgan_jax.config import UserError
+from vqgan_jax.models.vqgan import VQGAN
+from vqgan_jax.object_tokens import ObjectTokens
+from vqgan_jax.sampling.blocks import Blocks
+from vqgan_jax.sampling.large import LargeSampler, window_logits
+from vqgan_jax.sampling.sampler import make_sampler
+from vqgan_jax.sampling.sliding import Wavefront, slide
+from vqgan_jax.sampling.strategies import Strategy, row_keys
+from vqgan_jax.tokenizer import Tokenizer
+from vqgan_jax.transformer import ArchitectureConfig, ImageTransformer, TransformerConfig
+
+OBJECTS = ObjectTokens(kind="boxes", max_objects=3, vocab=300, classes=5, crop=True, flags=(), trim=True)
+
+
+def transformer(condition, stage=None, grid=(4, 4)):
+    """A transformer under any condition, with parameters large enough for logits that differ."""
+    config = TransformerConfig(
+        ArchitectureConfig(2, 2, 16, 0, 0, 0.0, 0.0, 0.0), condition, grid, "row_major", False, 0.0
+    )
+    model = ImageTransformer(config, Tokenizer(VQGAN(ref.FIRST_STAGE_TINY)), stage)
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0)))
+    noise = jax.random.key(1)
+    params = jax.tree.map(lambda x: 5 * x + 0.1 * jax.random.normal(noise, x.shape), params)
+    return model, model.split(params, parallel.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
+
+
+def whole_condition(model, grid, b=2):
+    """Tokens of b whole pictures of a grid."""
+    if isinstance(model.config.condition, ObjectTokens):
+        rng = np.random.default_rng(0)
+        boxes = np.concatenate([rng.uniform(0, 0.6, (b, 3, 2)), rng.uniform(0.1, 0.4, (b, 3, 2))], -1).astype(
+            np.float32
+        )
+        return jnp.asarray(OBJECTS.tokens(boxes, rng.integers(0, 5, (b, 3)), np.zeros((b, 3), np.int32)))
+    length = grid[0] * grid[1] if model.condition.spatial else model.condition.length
+    return jax.random.randint(jax.random.key(5), (b, length), 0, model.condition.vocab_size)
+
+
+MODELS = {
+    "class": lambda: transformer(random_transformer()[0].config.condition),
+    "depth": lambda: transformer(EncodedImageConfig("depth"), Tokenizer(VQGAN(ref.DEPTH_STAGE_TINY))),
+    "coordinates": lambda: transformer(CoordinatesConfig(64, 4, "joint")),
+    "objects": lambda: transformer(OBJECTS),
+}
+
+
+def slid(model, params, grid, serial, strategy=Strategy(), centre="upper", given=None):  # noqa: B008
+    condition, keys = whole_condition(model, grid), row_keys(3, jnp.arange(2))
+    wavefront = Wavefront(grid, model.config.grid, centre, serial)
+    run = lambda: slide(wavefront, window_logits(model, params, condition, grid, strategy), keys, strategy, given)  # noqa: E731
+    return np.asarray(jax.jit(run)())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("grid, centre", [((7, 13), "upper"), ((9, 5), "lower")])
+def test_rows_at_once_give_the_tokens_of_one_after_the_other(kind, grid, centre):
+    model, params = MODELS[kind]()
+    serial, fast = (slid(model, params, grid, s, centre=centre) for s in (True, False))
+    np.testing.assert_array_equal(fast, serial)
+    assert len(np.unique(serial)) > 10
+
+
+def test_the_window_decides_what_a_condition_says():
+    """Not so if the conditions of windows were those of another place."""
+    for kind in ("depth", "objects"):
+        model, params = MODELS[kind]()
+        grid = (6, 9)
+        condition = whole_condition(model, grid)
+        windows = [model.condition.window(condition, grid, top, left, (4, 4)) for top, left in ((0, 0), (2, 5))]
+        assert windows[0].shape == (2, model.condition.length)
+        assert (np.asarray(windows[0]) != np.asarray(windows[1])).any()
+    picture = condition  # of objects: the crop tokens are the window's corners
+    crop = model.condition.invert({}, model.condition.window(picture, (8, 8), 4, 2, (4, 4)))["crop_box"]
+    np.testing.assert_allclose(crop[0], [0.25, 0.5, 0.5, 0.5], atol=0.05)
+
+
+def test_given_ids_stay_and_guidance_counts():
+    model, stacked = random_transformer(grid=(4, 4))
+    params = model.split(stacked, parallel.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
+    grid = (5, 9)
+    mask = np.asarray(jax.random.bernoulli(jax.random.key(0), 0.3, (2, *grid)))
+    ids = np.asarray(jax.random.randint(jax.random.key(1), (2, *grid), 0, 64))
+    guided = Strategy(guidance=3.0, schedule="cosine")
+    both = [slid(model, params, grid, serial, guided, given=(ids, mask)) for serial in (True, False)]
+    np.testing.assert_array_equal(*both)
+    np.testing.assert_array_equal(both[0][mask], ids[mask])
+    plain = slid(model, params, grid, False, given=(ids, mask))
+    assert (plain != both[0]).any()
+
+
+def test_the_wavefront_runs_as_many_rows_as_windows_fit_side_by_side():
+    assert Wavefront((64, 64), (16, 16)).slots == 4
+    assert Wavefront((64, 256), (16, 16)).slots == 16
+    assert Wavefront((64, 64), (16, 16), multiple=8).slots == 8
+    assert Wavefront((64, 64), (16, 16), serial=True).slots == 1
+    assert Wavefront((64, 64), (16, 16)).steps == 64 + 63 * 16
+    segments = list(Wavefront((64, 64), (16, 16)).segments(100))
+    assert [first for first, _, _ in segments] == [0, *(last for _, last, _ in segments[:-1])]
+    assert {length for _, _, length in segments} == {144, 256}  # of 256, most steps look at 144 tokens
+
+
+@pytest.mark.parametrize("stride", [0, 2])
+def test_a_stopped_picture_goes_on_and_devices_do_not_matter(stride):
+    model, params = MODELS["depth"]()
+    grid = (9, 11)
+    condition, keys, strategy = whole_condition(model, grid), row_keys(3, jnp.arange(2)), Strategy()
+    sampler = LargeSampler(model, grid, stride=stride)
+    parts = [(np.asarray(ids), position) for ids, position in sampler(params, condition, keys, strategy)]
+    whole, last = parts[-1]
+    assert last == sampler.total and len(parts) > 1
+    ids, position = parts[(len(parts) - 1) // 2]
+    *_, (again, _) = sampler(params, condition, keys, strategy, ids=jnp.asarray(ids), position=position)
+    np.testing.assert_array_equal(again, whole)
+    mesh = parallel.make_mesh({"data": 4, "fsdp": 2, "tensor": 1})
+    with jax.set_mesh(mesh):
+        *_, (sharded, _) = LargeSampler(model, grid, stride=stride, multiple=4)(
+            jax.device_put(params, jax.NamedSharding(mesh, jax.P())), condition, keys, strategy
+        )
+    np.testing.assert_array_equal(sharded, whole)
+    if not stride:
+        np.testing.assert_array_equal(make_sampler(model, grid)(params, condition, keys, strategy, None), whole)
+
+
+def test_a_block_window_over_the_whole_grid_is_the_plain_sampler():
+    model, params = MODELS["depth"]()
+    condition, keys = whole_condition(model, (4, 4)), row_keys(3, jnp.arange(2))
+    plain = make_sampler(model, (4, 4))(params, condition, keys, Strategy(), None)
+    *_, (blocks, _) = LargeSampler(model, (4, 4), stride=2)(params, condition, keys, Strategy())
+    np.testing.assert_array_equal(blocks, plain)
+
+
+def test_blocks_see_what_stands_above_and_to_the_left():
+    """Greedily, by the definition: the logits of a block's token come from all of its window before it."""
+    model, params = MODELS["class"]()
+    grid, stride = (7, 6), 2
+    condition, keys, greedy = whole_condition(model, grid), row_keys(3, jnp.arange(2)), Strategy(greedy=True)
+    *_, (made, _) = LargeSampler(model, grid, stride=stride)(params, condition, keys, greedy)
+    ids = np.zeros((2, *grid), np.int32)
+    known = np.zeros(grid, bool)
+    logits = jax.jit(model.window_logits)
+    for windows, _ in Blocks(grid, (4, 4), stride).batches():
+        for top, left in windows:
+            for i in range(4):
+                for j in range(4):
+                    if not known[top + i, left + j]:
+                        patch = ids[:, top : top + 4, left : left + 4].reshape(2, 16)
+                        best = logits(params, condition, patch, np.full(2, 4 * i + j)).argmax(-1)
+                        ids[:, top + i, left + j] = best
+                        known[top + i, left + j] = True
+    assert known.all()
+    np.testing.assert_array_equal(made, ids)
+
+
+def test_given_ids_stay_in_blocks():
+    model, params = MODELS["class"]()
+    grid = (6, 9)
+    mask = np.asarray(jax.random.bernoulli(jax.random.key(0), 0.3, (2, *grid)))
+    ids = np.asarray(jax.random.randint(jax.random.key(1), (2, *grid), 0, 64))
+    condition, keys = whole_condition(model, grid), row_keys(3, jnp.arange(2))
+    *_, (made, _) = LargeSampler(model, grid, stride=3)(params, condition, keys, Strategy(), (ids, mask))
+    np.testing.assert_array_equal(np.asarray(made)[mask], ids[mask])
+
+
+def test_what_does_not_fit_is_refused():
+    model, _ = MODELS["class"]()
+    with pytest.raises(UserError, match="smaller than the window"):
+        LargeSampler(model, (3, 8))
+    with pytest.raises(UserError, match="--stride"):
+        LargeSampler(model, (8, 8), stride=5)
+    spiral = ImageTransformer(dataclasses.replace(model.config, order="spiral_out"), model.first_stage)
+    with pytest.raises(UserError, match="row-major"):
+        LargeSampler(spiral, (8, 8))

@@ -1,0 +1,177 @@
+"""Grids beyond the trained one for a stage-2 model, a part at a time: with progress, and able to go on after a stop."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqgan_jax.config import UserError
+from vqgan_jax.sampling.blocks import Blocks, fill_window
+from vqgan_jax.sampling.sliding import Given, Wavefront, WindowLogits, advance
+from vqgan_jax.sampling.strategies import Strategy, interleave
+from vqgan_jax.transformer import ImageTransformer
+
+_STEPS = 64  # of the wavefront a call: long enough to hide the call, short enough for a bar
+
+
+def window_logits(
+    model: ImageTransformer, params: Any, condition: jax.Array, grid: tuple[int, int], strategy: Strategy
+) -> WindowLogits:
+    """What `sliding.advance` is handed: the model's logits of windows [s, b, length] of b pictures.
+
+    Args:
+      model: the stage-2 model.
+      params: split.
+      condition: local ids of whole pictures, int32 [b, t].
+      grid: of the whole pictures.
+      strategy: whether both passes are asked for.
+    """
+
+    def logits(windows: jax.Array, top: jax.Array, left: jax.Array, at: jax.Array) -> jax.Array:
+        s, b, length = windows.shape
+        conditions = _cut(model, condition, grid, top, left).reshape(s * b, -1)
+        windows = windows.reshape(s * b, length)
+        at = jnp.repeat(at, b)
+        if strategy.guided:
+            conditions = interleave(conditions, model.null_condition)
+            windows, at = interleave(windows, windows), jnp.repeat(at, 2)
+        return model.window_logits(params, conditions, windows, at).reshape(s, -1, model.layout.head_size)
+
+    return logits
+
+
+def _cut(
+    model: ImageTransformer, condition: jax.Array, grid: tuple[int, int], top: jax.Array, left: jax.Array
+) -> jax.Array:
+    """Conditions of windows [s, b, t]."""
+    return jax.vmap(lambda t, u: model.condition.window(condition, grid, t, u, model.config.grid))(top, left)
+
+
+class LargeSampler:
+    """Draws pictures of one grid beyond the trained one: exactly with a window a token, or block by block.
+
+    Attributes:
+      total: positions from start to end.
+      tokens: tokens of one picture.
+    """
+
+    def __init__(
+        self,
+        model: ImageTransformer,
+        grid: tuple[int, int],
+        *,
+        centre: str = "upper",
+        stride: int = 0,
+        multiple: int = 1,
+    ):
+        """Plans it.
+
+        Args:
+          model: the stage-2 model.
+          grid: height and width in codes.
+          centre: of the exact window, see `sliding.window_start`.
+          stride: 0 for the exact window; else codes by which block windows advance, see `blocks`.
+          multiple: windows that run together are filled up to one of this.
+
+        Raises:
+          UserError: a grid below the trained one, a stride that does not fit, or an order that is not raster.
+        """
+        if model.config.order != "row_major":
+            raise UserError(
+                f"the sliding window needs tokens in row-major order, this model's is '{model.config.order}'"
+            )
+        self.model, self.grid, self._multiple = model, grid, multiple
+        self.tokens = grid[0] * grid[1]
+        self._blocks = Blocks(grid, model.config.grid, stride) if stride else None
+        self._wavefront = None if stride else Wavefront(grid, model.config.grid, centre, multiple=multiple)
+        self.total = self._wavefront.steps if self._wavefront else len(list(self._blocks.batches()))
+
+    def __call__(
+        self,
+        params: Any,
+        condition: jax.Array,
+        keys: jax.Array,
+        strategy: Strategy,
+        given: Given | None = None,
+        *,
+        ids: jax.Array | None = None,
+        position: int = 0,
+    ) -> Iterator[tuple[jax.Array, int]]:
+        """Yields the ids int32 [b, H, W] after each part, and the position it has reached.
+
+        Args:
+          params: split.
+          condition: local ids of the whole pictures, int32 [b, t].
+          keys: one a picture [b].
+          strategy: how to draw.
+          given: (ids, mask), both [b, H, W].
+          ids, position: where an earlier run stopped.
+        """
+        if ids is None:
+            ids = jnp.zeros((keys.shape[0], *self.grid), jnp.int32)
+        parts = self._steps() if self._wavefront else self._windows()
+        run = self._advance if self._wavefront else self._fill
+        for last, part in parts:
+            if last > position:
+                ids = run(params, condition, keys, strategy, given, ids, *part)
+                yield ids, last
+
+    def _steps(self) -> Iterator[tuple[int, tuple[int, int, int]]]:
+        """Parts of the wavefront: where they end, and what `_advance` takes."""
+        for first, last, length in self._wavefront.segments(_STEPS):
+            yield last, (first, last, length)
+
+    @functools.cached_property
+    def _advance(self) -> Any:
+        def run(params, condition, keys, strategy, given, ids, first, last, length):
+            logits = window_logits(self.model, params, condition, self.grid, strategy)
+            return advance(self._wavefront, logits, ids, keys, strategy, first, last, length, given)
+
+        return jax.jit(run, static_argnums=8, donate_argnums=5)
+
+    def _windows(self) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray, tuple[int, int]]]]:
+        """Batches of block windows: how many there were by then, and what `_fill` takes. A batch is filled up with
+        windows that repeat, so that few shapes are compiled."""
+        batches = list(self._blocks.batches())
+        most = max(len(windows) for windows, _ in batches)
+        for number, (windows, block) in enumerate(batches, 1):
+            inner = block[0] and block[1]
+            count = -(-(most if inner else 1) // self._multiple) * self._multiple
+            top, left = np.resize(np.asarray(windows, np.int32), (count, 2)).T
+            yield number, (top, left, block)
+
+    @functools.cached_property
+    def _fill(self) -> Any:
+        model, (height, width), (h, w) = self.model, self.grid, self.model.config.grid
+
+        def cut(x: jax.Array, top: jax.Array, left: jax.Array) -> jax.Array:
+            """Windows [s, b, h, w] of [b, H, W]."""
+            return jax.vmap(lambda t, u: jax.lax.dynamic_slice(x, (0, t, u), (x.shape[0], h, w)))(top, left)
+
+        def run(params, condition, keys, strategy, given, ids, top, left, block):
+            s, b = top.shape[0], ids.shape[0]
+            apply, empty = model.decoder(params)
+            flat = lambda x: x.reshape(s * b, *x.shape[2:])  # noqa: E731
+            numbers = jnp.arange(height * width).reshape(1, height, width)
+            numbers = jnp.broadcast_to(cut(numbers, top, left), (s, b, h, w))
+            windows = fill_window(
+                apply,
+                empty,
+                model.layout.condition(flat(_cut(model, condition, self.grid, top, left))),
+                flat(cut(ids, top, left)),
+                block,
+                jnp.tile(keys, s),
+                flat(numbers),
+                height * width,
+                strategy,
+                given and tuple(flat(cut(x, top, left)) for x in given),
+                null_bt=model.layout.condition(model.null_condition) if strategy.guided else None,
+            ).reshape(s, b, h, w)
+            rows, columns = top[:, None] + jnp.arange(block[0], h), left[:, None] + jnp.arange(block[1], w)
+            drawn = windows[:, :, block[0] :, block[1] :].swapaxes(0, 1)  # [b, s, rows, columns]
+            return ids.at[:, rows[:, :, None], columns[:, None, :]].set(drawn)
+
+        return jax.jit(run, static_argnums=8, donate_argnums=5)

@@ -1,0 +1,161 @@
+"""Decoding and encoding grids beyond the trained size: at once where that fits into the device's memory, else exactly
+over several devices or strip by strip, or approximately in overlapping tiles. Handed functions, not models."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Tree = Any
+Way = Literal["whole", "sharded", "strips", "tiles"]
+Convert = Callable[[Tree, jax.Array], jax.Array]
+InStrips = Callable[[Tree, np.ndarray, int], tuple[np.ndarray, int]]
+TILE, OVERLAP = 32, 8  # of tiles, in codes
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How something large is converted.
+
+    Attributes:
+      way: "whole", "sharded" over the height, "strips", or the approximate "tiles".
+      bytes: of device memory that it takes on each device, by the compiler's account; of strips the budget.
+      run: (variables, array) -> the result, on the host.
+    """
+
+    way: Way
+    bytes: int
+    run: Callable[[Tree, np.ndarray], np.ndarray]
+
+    def __str__(self) -> str:
+        exact = "approximate" if self.way == "tiles" else "exact"
+        return f"{self.way} ({exact}, at most {max(1, self.bytes >> 20)} MiB a device)"
+
+
+def plan(
+    convert: Convert,
+    in_strips: InStrips,
+    variables: Tree,
+    shape: tuple[int, ...],
+    dtype: Any,
+    *,
+    budget: int,
+    mesh: Mesh,
+) -> Plan:
+    """Chooses the first exact way that fits: whole, sharded over the devices of the mesh, strip by strip.
+
+    Args:
+      convert: decodes ids [b, h, w], or encodes images [b, h, w, c].
+      in_strips: the same within a budget of bytes; returns what it took too.
+      variables: what `convert` takes.
+      shape: of the array to convert.
+      dtype: of the array.
+      budget: bytes of memory of each device.
+      mesh: of this process's devices.
+    """
+    x, abstract = jax.ShapeDtypeStruct(shape, dtype), jax.tree.map(_abstract, variables)
+    compiled = jax.jit(convert).lower(abstract, x).compile()
+    if (used := _bytes(compiled)) <= budget:
+        return Plan("whole", used, lambda variables, x: np.asarray(compiled(variables, x)))
+    if mesh.size > 1 and shape[1] % mesh.size == 0:
+        sharded, used = compile_sharded(convert, abstract, x, mesh)
+        if used <= budget:
+            return Plan("sharded", used, sharded)
+    return Plan("strips", budget, lambda variables, x: in_strips(variables, np.asarray(x), budget)[0])
+
+
+def compile_sharded(
+    convert: Convert, variables: Tree, x: jax.ShapeDtypeStruct, mesh: Mesh
+) -> tuple[Callable[[Tree, np.ndarray], np.ndarray], int]:
+    """The conversion with the height cut over all devices of the mesh: XLA exchanges the rows that convolutions need
+    from their neighbours, and sums GroupNorm's statistics over all.
+
+    Args:
+      convert: as in `plan`.
+      variables: their shapes.
+      x: its shape, [b, h, ...] with h divisible by the devices.
+      mesh: of this process's devices.
+
+    Returns:
+      the function, and bytes of memory on each device.
+    """
+    whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, mesh.axis_names))
+    compiled = jax.jit(convert, in_shardings=(whole, rows), out_shardings=rows).lower(variables, x).compile()
+
+    def run(variables: Tree, x: np.ndarray) -> np.ndarray:
+        return np.asarray(compiled(jax.device_put(variables, whole), jax.device_put(x, rows)))
+
+    return run, _bytes(compiled)
+
+
+def decode_tiles(
+    decode: Convert, variables: Tree, ids: np.ndarray, factor: int, *, tile: int = TILE, overlap: int = OVERLAP
+) -> np.ndarray:
+    """Decodes overlapping tiles by themselves and blends them: fast, and approximate, for each tile's norms and
+    attention see that tile alone.
+
+    Args:
+      decode: (variables, ids int32 [b, h, w]) -> images float32 [b, factor * h, factor * w, c], jitted.
+      variables: what it takes.
+      ids: int32 [b, h, w], any size.
+      factor: pixels a code.
+      tile: codes a side.
+      overlap: codes that neighbours share at least, over which one fades into the other.
+
+    Returns:
+      float32 [b, factor * h, factor * w, c].
+    """
+    b, height, width = ids.shape
+    sizes = min(tile, height), min(tile, width)
+    tops, lefts = (_tile_starts(n, size, overlap) for n, size in zip((height, width), sizes, strict=True))
+    ramps = [
+        _ramps(starts, n, size, factor) for starts, n, size in zip((tops, lefts), (height, width), sizes, strict=True)
+    ]
+    image = None
+    for top, down in zip(tops, ramps[0], strict=True):
+        for left, across in zip(lefts, ramps[1], strict=True):
+            piece = np.asarray(decode(variables, ids[:, top : top + sizes[0], left : left + sizes[1]]))
+            if image is None:
+                image = np.zeros((b, factor * height, factor * width, piece.shape[-1]), np.float32)
+            rows, columns = (slice(factor * x, factor * (x + s)) for x, s in zip((top, left), sizes, strict=True))
+            image[:, rows, columns] += piece * (down[:, None] * across)[..., None]
+    return image
+
+
+def _tile_starts(n: int, size: int, overlap: int) -> list[int]:
+    """Starts of as few tiles as cover n with the overlap, spread evenly."""
+    count = max(1, math.ceil((n - overlap) / max(1, size - overlap)))
+    return [round(k * (n - size) / max(1, count - 1)) for k in range(count)]
+
+
+def _ramps(starts: list[int], n: int, size: int, factor: int) -> list[np.ndarray]:
+    """The weight of each tile along one axis, in pixels: together 1 everywhere, falling towards a tile's ends."""
+    pixels = np.arange(factor * size)
+    hat = np.minimum(pixels + 1, factor * size - pixels).astype(np.float32)
+    total = np.zeros(factor * n, np.float32)
+    for start in starts:
+        total[factor * start : factor * (start + size)] += hat
+    return [hat / total[factor * start : factor * (start + size)] for start in starts]
+
+
+def device_budget(share: float = 0.8) -> int:
+    """Bytes of memory that a conversion may use on each device: a share of it, or of the machine's on a CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"] * share)
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * share / jax.local_device_count() / 2)
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(x), x.dtype)
+
+
+def _bytes(compiled: Any) -> int:
+    memory = compiled.memory_analysis()
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
