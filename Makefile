@@ -15,7 +15,7 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/installed-test: $(VENV)/installed requirements-test.txt
+$(VENV)/installed-test: $(VENV)/installed requirements-test.txt requirements-fast.txt requirements-gcs.txt
 	$(BIN)/python -m pip install --quiet -r requirements-test.txt
 	touch $@
 

@@ -1,158 +1,249 @@
-"""Scores a trained model on the held-out images of its own data set.
+"""Scores models and sets of images; every result is a JSON that says what defines it.
 
-    python evaluate.py --workdir=runs/vqgan --out=runs/vqgan/evaluation.json
-    python evaluate.py --workdir=runs/transformer --out=evaluation.json --samples=256
+    python evaluate.py --workdir=runs/vqgan --out=evaluation.json
+    python evaluate.py --workdir=runs/gpt --out=evaluation.json --samples=256
+    python evaluate.py --workdir=runs/gpt --out=fid.json --samples=50000 --preset=adm --reference=VIRTUAL.npz
+    python evaluate.py --workdir=runs/gpt --out=sweep.json --samples=10000 --sweep="temperature=0.9,1;top_k=0,100"
+    python evaluate.py --workdir=runs/gpt --out=follow.json --samples=10000 --follow --follow_timeout=3600
+    python evaluate.py --reference=DIR_A --samples=DIR_B --out=result.json --preset=pytorch-fid
 
-An imported model names no data: add --config=configs/finetune.py:DIR --config.data.path=/photos.
-
-A VQGAN: PSNR, SSIM, L1, codebook usage and perplexity, on EMA weights, after uint8. A transformer: the same for its
-first stage, the NLL of held-out codes beside that of a table of code frequencies, and, if it is class-conditional,
-how many of its samples a small classifier trained on real images takes for the class asked for. The JSON says what
-was scored; reconstructions.png lies next to it.
+A workdir is scored on the held-out images of its own data set: reconstructions (PSNR, SSIM, L1, LPIPS where there are
+weights, codebook), and for a transformer likelihood and whether samples show the class or condition asked for. With
+--preset, --reference, --inception_weights, --sweep or --follow also by features: rFID, and FID, sFID, Inception Score,
+precision, recall and KID of samples. An imported model names no data: add --config=configs/finetune.py:DIR
+--config.data.path=/photos. Pictures (reconstructions.png, nearest.png, NAME.png of a sweep) lie next to the JSON.
 """
 
-import functools
+import dataclasses
 import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from vqgan_jax import cli, images, parallel, pretrained
-from vqgan_jax.config import UserError
-from vqgan_jax.evals.classifier import class_agreement, train_classifier
-from vqgan_jax.evals.codes import histogram_entropy, table_nll
-from vqgan_jax.evals.runner import encode_all, likelihood_scorer, reconstruction_scorer
-from vqgan_jax.models.vqgan import VQGAN
+from vqgan_jax import cli, pretrained, storage
+from vqgan_jax.config import UserError, upgrade_config
+from vqgan_jax.data.sources import open_source
+from vqgan_jax.evals.features import PRESETS, FeatureNet
+from vqgan_jax.evals.references import KEEP, open_reference
 from vqgan_jax.sampling.strategies import Strategy
-from vqgan_jax.train import code_cache, setup
+from vqgan_jax.sampling.strategy_flags import define_strategy_flags, strategy_of
+from vqgan_jax.scoring import follow, result, sweeps
+from vqgan_jax.scoring.bench import SPLITS, Bench, open_bench, statistics_cache
+from vqgan_jax.scoring.generation import Generation, figures
+from vqgan_jax.scoring.workdir import ScoredTransformer, ScoredVQGAN
+from vqgan_jax.train import setup
 
 FLAGS = flags.FLAGS
 
-CLASSIFIER_IMAGES, CLASSIFIER_STEPS = 4096, 200
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is asked for beyond the scores that need no weights; the flags say what each field is."""
+
+    preset: str = ""
+    inception_weights: str = ""
+    reference: str = ""
+    lpips_vgg: str = ""
+    lpips_heads: str = ""
+    memorisation: int = 0
+    strategy: Strategy = Strategy()
+    acceptance: float = 1.0
+    dtype: str = "float32"
+    sweep: str = ""
+    classifier: str = ""
+    classifier_weights: str = ""
+    follow: bool = False
+    follow_timeout: float = 0.0
+    net: FeatureNet | None = None  # in place of Inception
+
+    @property
+    def features(self) -> bool:
+        """Whether feature scores are asked for."""
+        named = self.preset, self.inception_weights, self.reference, self.sweep, self.follow, self.memorisation
+        return any(named)
+
+    def open_bench(self, batch: int, seed: int, features: bool) -> Bench:
+        """Loads the networks."""
+        return open_bench(
+            batch=batch,
+            seed=seed,
+            features=features,
+            preset=self.preset,
+            inception_weights=self.inception_weights,
+            net=self.net,
+            lpips={"vgg": self.lpips_vgg, "heads": self.lpips_heads},
+            cache=statistics_cache(),
+        )
+
+    def settings(self) -> list[sweeps.Setting]:
+        """The sampler's settings: those of the sweep, on top of the fixed ones."""
+        fixed = sweeps.setting_of(self.strategy, self.acceptance)
+        return [fixed | setting for setting in (sweeps.parse(self.sweep) if self.sweep else [{}])]
 
 
 def evaluate(
-    workdir: str, out: str, *, batch: int, examples: int, samples: int, seed: int, config: ConfigDict | None = None
+    workdir: str,
+    out: str,
+    *,
+    batch: int,
+    examples: int,
+    samples: int,
+    seed: int,
+    config: ConfigDict | None = None,
+    asked: Asked | None = None,
 ) -> dict[str, Any]:
     """Scores the workdir, writes and returns the result; `config` names the data where the workdir does not."""
-    path, out_path = Path(workdir), Path(out)
-    if out_path.is_dir():
-        raise UserError(f"--out={out}: is a folder; name the JSON file to write")
-    cli.check_workdir(str(out_path.parent), "--out")
+    asked = asked or Asked()
+    path, out_path = storage.path(workdir), check_out(out)
     kind = pretrained.kind_of(path, key="--workdir")
-    if config is None:
-        recorded = path / "config.json"
-        if not recorded.exists():
-            raise UserError(
-                f"--workdir={workdir}: an imported model names no data; give --config=configs/finetune.py:{path}"
-            )
-        config = ConfigDict(json.loads(recorded.read_text()))
-    mesh = parallel.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-    batch = -(-batch // mesh.size) * mesh.size
-    score = {"transformer": evaluate_transformer, "vqgan": evaluate_vqgan}[kind]
-    with jax.set_mesh(mesh):
-        result = score(path, config, mesh, out_path.parent, batch=batch, examples=examples, samples=samples, seed=seed)
-    result |= {"workdir": workdir, "seed": seed}
-    out_path.write_text(json.dumps(result, indent=1) + "\n")
-    print(", ".join(f"{name} {value:.4g}" for name, value in result.items() if isinstance(value, float)))
-    return result
+    config = config or recorded_config(path)
+    settings = asked.settings()
+    if kind == "vqgan" and (asked.sweep or settings != [{}] or asked.memorisation):
+        raise UserError(f"--workdir={workdir}: holds a vqgan, which has no sampler; its reconstructions are scored")
+    if kind == "transformer" and (asked.sweep or asked.follow) and samples < 2:
+        raise UserError(f"--samples={samples}: --sweep and --follow score samples; draw some thousands")
+    bench = asked.open_bench(batch, seed, asked.features)
+    classifier = dict(classifier=asked.classifier, classifier_weights=asked.classifier_weights)
+    reference = asked.reference or "train"
+    followed: list[Generation] = []
+
+    def score_checkpoint(step: int) -> tuple[dict[str, Any], Callable[[epath.Path], None]]:
+        """What --follow asks of each checkpoint."""
+        if kind == "vqgan":
+            scored = ScoredVQGAN(path, config, bench, step)
+            return scored.score(examples), scored.save
+        scored = ScoredTransformer(path, config, bench, step, asked.dtype)
+        if not followed:
+            followed.append(scored.generation(samples, reference, settings, **classifier))
+        followed[0].update(scored.trained.params)  # reference, judges and programs stay
+        return scored.score_samples(followed[0], settings[0]), scored.save
+
+    with jax.set_mesh(bench.mesh):
+        if asked.follow:
+            total = setup.Durations(config, len(open_source(config.data, "train"))).total
+            return follow.follow(path, score_checkpoint, out_path, total=total, timeout=asked.follow_timeout)
+        if kind == "vqgan":
+            found = ScoredVQGAN(path, config, bench).score(examples, out_path.parent)
+        else:
+            scored = ScoredTransformer(path, config, bench, dtype=asked.dtype)
+            generation = scored.generation(samples, reference, settings, **classifier)
+            if asked.sweep:
+                found = scored.sweep(generation, settings, out_path)
+            else:
+                found = scored.score(generation, settings[0], examples, asked.memorisation, out_path.parent)
+    return result.publish(found | {"workdir": workdir, "seed": seed}, out_path)
 
 
-def evaluate_vqgan(path, config, mesh, folder, *, batch, examples, samples, seed) -> dict[str, Any]:
-    """The reconstruction scores of a stage-1 workdir."""
-    tokenizer, variables, trained = pretrained.load_tokenizer(path, key="--workdir")
-    data = setup.open_data(config, (tokenizer.config.input_key,), factor=tokenizer.factor)
-    return score_stage(tokenizer.model, variables, data, mesh, folder, batch, examples)
-
-
-def score_stage(
-    model: VQGAN, variables: Any, data: setup.Data, mesh: Any, folder: Path, batch: int, examples: int
+def compare_sets(
+    reference: str,
+    samples: str,
+    out: str,
+    *,
+    batch: int,
+    seed: int,
+    workdir: str = "",
+    config: ConfigDict | None = None,
+    asked: Asked | None = None,
 ) -> dict[str, Any]:
-    """Reconstruction scores of the held-out split, and a sheet of pictures above their reconstructions."""
-    batches = setup.evaluation_batches(batch, mesh, data.val, data.val_transform, examples)
-    scores = reconstruction_scorer(model, mesh, batch)(variables, batches)
-    if model.config.input_key == "image":
-        shown = next(iter(setup.evaluation_batches(batch, mesh, data.val, data.val_transform, batch)))["image"][:16]
-        rebuilt = np.asarray(jax.jit(model.apply)(variables, shown).reconstruction)
-        rows = [images.to_uint8(half) for x in (slice(0, 8), slice(8, 16)) for half in (shown[x], rebuilt[x])]
-        images.save_png(folder / "reconstructions.png", images.grid(np.concatenate(rows), columns=len(rows[0])))
-    return {f"val_{k}" if not k.startswith("codebook") else k: v for k, v in scores.items()}
+    """Scores finished pictures (a folder, an archive, an .npz) or statistics against a reference set.
+
+    Args:
+      reference: what `open_reference` takes, or "train" or "val" of the data that `config` or `workdir` names.
+      samples: what `open_reference` takes.
+      out: JSON file to write.
+      batch: pictures at once.
+      seed: recorded.
+      workdir: a run whose config names the data.
+      config: names the data.
+      asked: preset, weights.
+    """
+    asked, out_path = asked or Asked(), check_out(out)
+    if asked.sweep or asked.settings() != [{}] or asked.follow or asked.memorisation:
+        raise UserError(f"--samples={samples}: are drawn already; --samples=NUMBER with --workdir draws new ones")
+    if config is None and workdir:
+        config = recorded_config(storage.path(workdir))
+    data = setup.open_data(config, ("image",), factor=1) if reference in SPLITS and config is not None else None
+    bench = asked.open_bench(batch, seed, features=True)
+    theirs = bench.reference(reference, data, config)
+    ours = open_reference(
+        samples, bench.extract, cache=None, preset_stated=bench.preset_stated, keep=KEEP, key="--samples"
+    )
+    found = figures(ours, theirs)
+    found["definition"] = result.define(
+        **result.describe_features(bench.extract),
+        reference={**theirs.source, "images": theirs.count},
+        samples={**ours.source, "images": ours.count},
+    )
+    return result.publish(found | {"seed": seed}, out_path)
 
 
-def evaluate_transformer(path, config, mesh, folder, *, batch, examples, samples, seed) -> dict[str, Any]:
-    """The scores of a stage-2 workdir."""
-    trained = pretrained.open_transformer(path, key="--workdir")
-    model, frozen = trained.model, trained.frozen
-    keys = (model.first_stage.config.input_key, *model.condition.keys)
-    data = setup.open_data(config, keys, factor=model.first_stage.factor, classes=model.condition.vocab_size)
-    result = score_stage(model.first_stage.model, frozen["first_stage"], data, mesh, folder, batch, examples)
-
-    # Likelihood, beside what costs nothing to know
-    held_out = functools.partial(setup.evaluation_batches, batch, mesh, data.val, data.val_transform, examples)
-    nll = likelihood_scorer(model, mesh, batch)(trained.params, frozen, held_out())
-    result |= {f"val_{name}": value for name, value in nll.items()}
-    encode = functools.partial(code_cache.encode_source, model, frozen, mesh, batch, data)
-    train = code_cache.open_cache(path / "codes.npz", config, trained.stages.digest, encode, keep=False).arrays
-    val = encode_all(model, frozen, held_out(), mesh, batch, "encode the held-out images")
-    size = model.first_stage.codebook_size
-    train_codes, val_codes = (x["codes/image"].reshape(len(x["codes/image"]), -1) for x in (train, val))
-    labels = (x.get("label") if "label" in model.condition.keys else None for x in (train, val))
-    train_labels, val_labels = labels
-    result["table_nll"] = table_nll(train_codes, train_labels, val_codes, val_labels, size)
-    result["histogram_entropy"] = histogram_entropy(val_codes, size)
-
-    # Do the samples show the class asked for?
-    if samples and "label" in model.condition.keys:
-        result |= score_classes(trained, data, samples, batch, seed)
-    return result
+def check_out(out: str) -> epath.Path:
+    """The file that --out names. Raises UserError where it cannot be written."""
+    path = storage.path(out)
+    if path.is_dir():
+        raise UserError(f"--out={out}: is a folder; name the JSON file to write")
+    cli.check_workdir(str(path.parent), "--out")
+    return path
 
 
-def score_classes(trained: Any, data: setup.Data, samples: int, batch: int, seed: int) -> dict[str, Any]:
-    """Trains a classifier on real images, checks it on held-out ones, and lets it judge samples of every class."""
-    model, classes = trained.model, len(data.train.classes)
-    pictures, labels = read_images(data.train, data.val_transform, CLASSIFIER_IMAGES)
-    classifier = train_classifier(pictures, labels, classes, seed=seed, steps=CLASSIFIER_STEPS)
-    accuracy = classifier.accuracy(*read_images(data.val, data.val_transform, 512))
-    asked = np.resize(np.arange(classes, dtype=np.int32), samples)
-    made = trained.samples(asked, model.config.grid, seed=seed, batch=batch, strategy=Strategy())
-    agreement = class_agreement(classifier, np.concatenate(list(made)), asked)
-    return {"class_agreement": agreement, "classifier_accuracy": accuracy, "class_samples": samples}
-
-
-def read_images(source: Any, transform: Any, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Up to `most` examples of a source, spread out: uint8 pictures as the model sees them, and labels."""
-    rng = np.random.default_rng(0)
-    indices = np.linspace(0, len(source) - 1, min(most, len(source))).astype(int)
-    rows = [transform(source[int(i)], rng) for i in indices]
-    return images.to_uint8(np.stack([row["image"] for row in rows])), np.stack([row["label"] for row in rows])
+def recorded_config(workdir: epath.Path) -> ConfigDict:
+    """The config of a run. Raises UserError for an imported model."""
+    recorded = workdir / "config.json"
+    if not recorded.exists():
+        raise UserError(
+            f"--workdir={workdir}: an imported model names no data; give --config=configs/finetune.py:{workdir}"
+        )
+    return ConfigDict(upgrade_config(json.loads(recorded.read_text())))
 
 
 def define_flags() -> None:
     """The flags of this script."""
-    config_flags.DEFINE_config_file("config", None, "Names the data (config.data) of a model that was imported.")
+    config_flags.DEFINE_config_file("config", None, "Names the data (config.data) where --workdir does not.")
     flags.DEFINE_string("workdir", None, "Workdir of either trainer, or an imported model.")
     flags.DEFINE_string("out", None, "JSON file to write.")
-    flags.DEFINE_integer("batch", 32, "Images scored at once.", lower_bound=1)
+    flags.DEFINE_integer("batch", 32, "Images at once, over all devices and hosts.", lower_bound=1)
     flags.DEFINE_integer("examples", 0, "Held-out images to score; 0 = all.", lower_bound=0)
-    flags.DEFINE_integer("samples", 256, "Images to sample for the class agreement; 0 = none.", lower_bound=0)
+    flags.DEFINE_string("samples", "256", "How many to draw (0 = none); or finished ones: a folder, archive or .npz.")
     flags.DEFINE_integer("seed", 0, "Of the samples and the classifier.")
+    flags.DEFINE_string(
+        "reference",
+        "",
+        "train or val of the data set (default: train); or a folder, archive, .npz of images or of "
+        "statistics (ADM, pytorch-fid, ours).",
+    )
+    flags.DEFINE_string("preset", "", f"Whose conventions: {', '.join(PRESETS)}; adm by default.")
+    flags.DEFINE_string("inception_weights", "", "Inception of the FID (pytorch-fid's .pth, or .safetensors).")
+    flags.DEFINE_string("lpips_vgg", "", "torchvision's VGG16; LPIPS is left out where it is not at hand.")
+    flags.DEFINE_string("lpips_heads", "", "LPIPS's linear heads (vgg.pth).")
+    flags.DEFINE_integer("memorisation", 0, "Compare so many samples with the whole training set.", lower_bound=0)
+    define_strategy_flags()
+    flags.DEFINE_float("acceptance", 1.0, "Share of the samples of a class that a classifier keeps.", 0.0, 1.0)
+    flags.DEFINE_enum("dtype", "float32", sorted(setup.DTYPES), "Of the transformer's computation.")
+    flags.DEFINE_string("sweep", "", f"NAME=VALUE,VALUE;NAME=...: every combination of {', '.join(sweeps.SETTINGS)}.")
+    flags.DEFINE_string("classifier", "", "That rejects where acceptance < 1: resnet101, resnet50, small (made here).")
+    flags.DEFINE_string("classifier_weights", "", "Its file (torchvision's .pth).")
+    flags.DEFINE_bool("follow", False, "Score each new checkpoint of the run, keep the best in WORKDIR/best_fid.")
+    flags.DEFINE_float("follow_timeout", 3600, "Seconds without a new one after which to end; 0: score what is there.")
+    cli.define_distributed_flag()
+
+
+def main() -> None:
+    """Reads the flags."""
+    fields = [field.name for field in dataclasses.fields(Asked) if field.name not in ("net", "strategy")]
+    asked = Asked(strategy=strategy_of(FLAGS), **{name: FLAGS[name].value for name in fields})
+    shared = dict(batch=FLAGS.batch, seed=FLAGS.seed, config=FLAGS.config, asked=asked)
+    if FLAGS.samples.isdecimal():
+        if not FLAGS.workdir:
+            raise UserError("--workdir is missing: name a trained model, or finished pictures with --samples=FOLDER")
+        evaluate(FLAGS.workdir, FLAGS.out, examples=FLAGS.examples, samples=int(FLAGS.samples), **shared)
+    else:
+        compare_sets(FLAGS.reference or "train", FLAGS.samples, FLAGS.out, workdir=FLAGS.workdir or "", **shared)
 
 
 if __name__ == "__main__":
     define_flags()
-    cli.run(
-        lambda: evaluate(
-            FLAGS.workdir,
-            FLAGS.out,
-            batch=FLAGS.batch,
-            examples=FLAGS.examples,
-            samples=FLAGS.samples,
-            seed=FLAGS.seed,
-            config=FLAGS.config,
-        ),
-        required=("workdir", "out"),
-    )
+    cli.run(main, required=("out",))

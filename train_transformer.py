@@ -8,7 +8,6 @@ checkpoints/ (the best by validation NLL is kept), metrics.jsonl, tensorboard/, 
 
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,11 +18,12 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from vqgan_jax import cli, images, parallel, pretrained
-from vqgan_jax.config import UserError, to_dataclass
+from vqgan_jax.config import to_dataclass
 from vqgan_jax.evals.runner import likelihood_scorer
 from vqgan_jax.models.gpt import split_layers
-from vqgan_jax.sampling.decoder import decode
+from vqgan_jax.sampling.sampler import sample_grid
 from vqgan_jax.sampling.strategies import Strategy, row_keys
+from vqgan_jax.scoring import scheduled
 from vqgan_jax.train import code_cache, loop, setup, transformer_step
 from vqgan_jax.train.metric_writer import open_writer
 from vqgan_jax.train.optimizers import make_optimizer, make_schedule
@@ -52,17 +52,12 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
 
     # Data: pictures, or codes made of them once
     keys = (stages.first.config.input_key, *model.condition.keys)
-    data = setup.open_data(config, keys, factor=stages.first.factor, classes=model.condition.vocab_size)
     model.check_size(config.data.image_size)
+    open_images = functools.partial(
+        setup.open_data, config, keys, factor=stages.first.factor, classes=model.condition.vocab_size
+    )
+    data = code_cache.open_data(config, path, model, stages.frozen, stages.digest, open_images)
     batches = functools.partial(setup.evaluation_batches, config.batch_size, mesh)
-    if config.cache_codes:
-        if set(model.condition.keys) - {"label"}:
-            raise UserError("config.cache_codes: works unconditionally or with a class; set it to False")
-        encode = functools.partial(code_cache.encode_source, model, frozen, mesh, config.batch_size)
-        train_rows = code_cache.open_cache(path / "codes.npz", config, stages.digest, lambda: encode(data))
-        train_transform = code_cache.as_is
-    else:
-        train_rows, train_transform = data.train, data.train_transform
     durations = setup.Durations(config, len(data.train))
 
     # Objective and optimizer
@@ -75,7 +70,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     with setup.open_checkpoints(config, path) as checkpoints, jax.set_mesh(mesh):
         state, start = setup.restore_or_init(checkpoints, init, mesh, config, load_initial)
         write_run_record(path, config)
-        if not start:
+        if not start.step:
             print(parameter_overview.get_parameter_overview(state.params, include_stats=False), flush=True)
 
         # Step
@@ -96,25 +91,29 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         def evaluate(state: TrainState, step: int) -> Mapping[str, float]:
             return score(params(state), frozen, batches(data.val, data.val_transform, config.eval_examples))
 
+        scheduled_score = scheduled.stage_2(config, mesh, model, stages, data, open_images, params)
+
         def draw(state: TrainState, step: int) -> Mapping[str, np.ndarray]:
             return pictures(params(state), frozen, step)
 
         # Loop
-        with open_writer(path, resume_step=start, hand_to_clu=config.hand_to_clu) as writer:
+        with open_writer(path, resume_step=start.step, hand_to_clu=config.hand_to_clu) as writer:
             return loop.train(
                 state,
                 step_fn=step_fn,
-                batches=setup.training_batches(config, mesh, train_rows, train_transform, start),
+                batches=setup.training_batches(config, mesh, data.train, data.train_transform, start.examples),
                 schedule=durations.schedule(config),
                 checkpoints=checkpoints,
                 writer=writer,
                 record=setup.make_record(config, "transformer", stages=stages.digest, classes=list(data.train.classes)),
-                start_step=start,
+                start_step=start.step,
+                start_examples=start.examples,
                 workdir=path,
                 nonfinite_budget=config.nonfinite_budget,
                 examples_per_step=config.batch_size,
                 units={"tokens/s": config.batch_size * len(model.order)},
                 evaluate=evaluate,
+                score=scheduled_score,
                 draw=draw if config.images_shown else None,
                 headline=("nll", "accuracy"),
                 profile=setup.profile_range(config),
@@ -132,17 +131,17 @@ def picture_maker(model: ImageTransformer, config: ConfigDict, rows: Mapping[str
     def run(params: Any, frozen: Any, batch: Any, step: jax.Array) -> dict[str, jax.Array]:
         batch = {name: x[:n] for name, x in batch.items()}
         codes, condition = model.codes(frozen, batch), model.condition.tokens(frozen, batch)
-        apply, empty = model.decoder(split_layers(params))
-        upper = jnp.arange(codes.shape[1]) < codes.shape[1] // 2
-        given = (codes, jnp.broadcast_to(upper, codes.shape))
-        sample = functools.partial(decode, apply, empty, model.layout.condition(condition), codes.shape[1])
+        half = codes.shape[1] // 2
+        grid = model.to_grid(codes)
+        given = (grid, model.to_grid(jnp.broadcast_to(jnp.arange(codes.shape[1]) < half, codes.shape)))
+        sample = functools.partial(sample_grid, model, split_layers(params, model.dtype), condition)
         keys = row_keys(step, jnp.arange(n))
         grids = {
             "samples": sample(keys, strategy),
-            "completions": sample(keys, strategy, given),
-            "reconstructions": codes,
+            "completions": sample(keys, strategy, given, leading=half),
+            "reconstructions": grid,
         }
-        return {name: model.decode(frozen, model.to_grid(ids)) for name, ids in grids.items()}
+        return {name: model.decode(frozen, ids) for name, ids in grids.items()}
 
     def draw(params: Any, frozen: Any, step: int) -> dict[str, np.ndarray]:
         made = run(params, frozen, batch, jnp.asarray(step))
@@ -153,7 +152,7 @@ def picture_maker(model: ImageTransformer, config: ConfigDict, rows: Mapping[str
 
 def load_initial(path: str) -> dict[str, Any]:
     """Parameters of another transformer run, for `config.init_from`."""
-    trained = pretrained.load_trained(Path(path), key="config.init_from", kind="transformer")
+    trained = pretrained.load_trained(path, key="config.init_from", kind="transformer")
     return {"params": {**trained.params, **trained.ema}, "collections": trained.collections}
 
 

@@ -21,6 +21,7 @@ from vqgan_jax.config import to_dataclass
 from vqgan_jax.evals.runner import reconstruction_scorer
 from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig, model_input
+from vqgan_jax.scoring import scheduled
 from vqgan_jax.train import loop, setup, vqgan_step
 from vqgan_jax.train.metric_writer import open_writer
 from vqgan_jax.train.optimizers import make_optimizer, make_schedule
@@ -61,7 +62,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     with setup.open_checkpoints(config, path) as checkpoints, jax.set_mesh(mesh):
         state, start = setup.restore_or_init(checkpoints, init, mesh, config, load_initial)
         write_run_record(path, config)
-        if not start:
+        if not start.step:
             print(parameter_overview.get_parameter_overview(state.params, include_stats=False), flush=True)
 
         # Step
@@ -83,6 +84,8 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         def evaluate(state: TrainState, step: int) -> Mapping[str, float]:
             return score(variables(state), batches(config.eval_examples))
 
+        scheduled_score = scheduled.stage_1(config, mesh, model, data, variables)
+
         def draw(state: TrainState, step: int) -> Mapping[str, np.ndarray]:
             x = model_input(model_config, shown)
             pictures = np.stack(
@@ -92,20 +95,22 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             return {"reconstructions": images.grid(pictures, columns=8)}
 
         # Loop
-        with open_writer(path, resume_step=start, hand_to_clu=config.hand_to_clu) as writer:
+        with open_writer(path, resume_step=start.step, hand_to_clu=config.hand_to_clu) as writer:
             return loop.train(
                 state,
                 step_fn=step_fn,
-                batches=setup.training_batches(config, mesh, data.train, data.train_transform, start),
+                batches=setup.training_batches(config, mesh, data.train, data.train_transform, start.examples),
                 schedule=durations.schedule(config),
                 checkpoints=checkpoints,
                 writer=writer,
                 record=setup.make_record(config, "vqgan"),
-                start_step=start,
+                start_step=start.step,
+                start_examples=start.examples,
                 workdir=path,
                 nonfinite_budget=config.nonfinite_budget,
                 examples_per_step=config.batch_size,
                 evaluate=evaluate,
+                score=scheduled_score,
                 draw=draw if config.images_shown else None,
                 headline=("nll", "codebook_perplexity"),
                 profile=setup.profile_range(config),

@@ -26,6 +26,11 @@ def run() -> ConfigDict:
             save_every="5%",
             images_every="5%",
             eval_examples=1024,  # of the validation split; 0: all
+            fid_every="0",  # score rFID of held-out images (stage 1: val/rfid), FID of samples (stage 2: val/fid)
+            fid_samples=5000,  # so many samples, or held-out images (0: all)
+            fid_reference="train",  # stage 2: a split, or a folder or .npz as of evaluate.py --reference
+            fid_preset="adm",
+            fid_weights="",  # local file of Inception; "" downloads it to the cache folder
             images_shown=16,
             checkpoint=dict(keep_last=2, keep_best=1),
             hand_to_clu=False,  # write through clu.metric_writers, where TensorFlow is installed
@@ -41,14 +46,23 @@ def data(source: str = "scenes") -> ConfigDict:
         dict(
             source=source,
             path="",
+            name="",  # tfds: the data set under `path`, such as "imagenet2012:5.1.0"; its splits: "train[:95%]"
             train_split="train",  # folder: sub-folders of `path`; "" is `path` itself
             val_split="val",  # "": hold out `val_share` of the training files
             val_share=0.02,
             train_examples=14336,  # scenes: how many to render
             val_examples=1024,
             seed=0,
+            images="images",  # pairs: folders of pictures, masks and depth maps under `path`, matched by relative name
+            masks="",
+            depths="",  # also of imagenet_depth
+            segments=0,  # pairs: how many ids the masks may hold; 0: any
+            classes="",  # those to keep: "restricted" (of ImageNet), or names and ranks such as "n01440764, 30-32"
+            min_objects=1,  # coco, open_images: leave out pictures with fewer boxes
+            min_box_area=0.0,  # and boxes of a smaller share of the picture
             image_size=64,
-            resize="lanczos",
+            resize_to=0,  # what the short side is resized to before the crop; 0: image_size
+            resize="bilinear",  # antialiased, as the paper prepares real images for its FID
             crop="random",
             crop_scale=(0.5, 1.0),  # share of the area, for crop="random_resized"
             flip=True,
@@ -133,6 +147,23 @@ def ema(codebook_size: int, dim: int) -> ConfigDict:
     )
 
 
+def gumbel(codebook_size: int, dim: int) -> ConfigDict:
+    """Gumbel-softmax codes, with the weight and temperatures of the released f8 model."""
+    return ConfigDict(
+        dict(
+            name="gumbel",
+            codebook_size=codebook_size,
+            dim=dim,
+            input_dim=dim,
+            kl_weight=1e-8,
+            straight_through=True,
+            temperature_start=0.9,
+            temperature_end=1e-6,
+            temperature_steps=1_000_001,
+        )
+    )
+
+
 def vqgan_loss() -> ConfigDict:
     """Stage 1's objective: L1 + LPIPS + hinge PatchGAN under the adaptive weight."""
     return ConfigDict(
@@ -171,7 +202,8 @@ def transformer() -> ConfigDict:
     config = run()
     config.vqgan = ""  # workdir of the first stage
     config.cond_vqgan = ""  # workdir of the condition's VQGAN, for condition.name="image"
-    config.cache_codes = False  # encode the training set once (centre crops) instead of at every step
+    config.cache_codes = False  # encode the data once (centre crops, mirrored too with data.flip), not at every step
+    config.codes = ""  # a folder that vqgan_jax.tools.encode wrote: read its codes in place of pictures
     config.model = ConfigDict(
         dict(
             transformer=dict(
@@ -188,6 +220,7 @@ def transformer() -> ConfigDict:
             grid=(16, 16),
             order="row_major",
             shared_vocabulary=False,
+            condition_dropout=0.0,  # share of the rows that train without condition; above 0 sampling can be guided
         )
     )
     config.data = data("folder")

@@ -8,12 +8,13 @@ The model is DIR's own, so the trainer is that of its kind. `DIR,runlocal` runs 
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from configs import common
+from vqgan_jax import storage
 from vqgan_jax.config import UserError
 from vqgan_jax.models.vqgan import VQGANConfig
 
@@ -22,9 +23,10 @@ RECORDS = ("stage.json", "config.json")  # of an imported model or a portable st
 
 def get_config(arg: str | None = None) -> ConfigDict:
     text = arg or ""
-    directory = Path(text.removesuffix(",runlocal"))
-    if not text.removesuffix(",runlocal") or text == "runlocal":
+    folder = text.removesuffix(",runlocal")
+    if not folder or text == "runlocal":
         raise UserError("--config=configs/finetune.py: name the model's folder after a colon, as in finetune.py:DIR")
+    directory = storage.path(folder)
     model = read_model(directory)
     config = fine_transformer(directory, model) if "transformer" in model else fine_vqgan(model)
     config.init_from = str(directory)
@@ -48,7 +50,7 @@ def fine_vqgan(model: dict[str, Any]) -> ConfigDict:
     return config
 
 
-def fine_transformer(directory: Path, model: dict[str, Any]) -> ConfigDict:
+def fine_transformer(directory: epath.Path, model: dict[str, Any]) -> ConfigDict:
     """Stage 2: the frozen stages are those in the same folder."""
     config = common.transformer()
     config.model = ConfigDict(model)
@@ -61,7 +63,7 @@ def fine_transformer(directory: Path, model: dict[str, Any]) -> ConfigDict:
     return config
 
 
-def read_model(directory: Path) -> dict[str, Any]:
+def read_model(directory: epath.Path) -> dict[str, Any]:
     """`config.model` of the model in a folder, with tuples where JSON has lists.
 
     Raises:

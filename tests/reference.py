@@ -1,5 +1,6 @@
 """The golden fixtures as our models see them: configurations, variables, and weights by the fixtures' seed rule."""
 
+import json
 import math
 import zlib
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqgan_jax.convert import names
+from vqgan_jax.convert.stream import Entry, write_safetensors
 from vqgan_jax.models.autoencoder import AutoencoderConfig
 from vqgan_jax.models.discriminators import DiscriminatorConfig, PatchGAN
 from vqgan_jax.models.gpt import GPT, GPTConfig
@@ -117,3 +119,23 @@ def checkpoint(name: str):
 def scale(array: np.ndarray) -> float:
     """The size of an array's values, for tolerances relative to it."""
     return float(np.abs(array).max())
+
+
+def inception_state() -> dict[str, np.ndarray]:
+    """The FID's Inception with weights by the seed rule, under the published names."""
+    state = {}
+    for name, shape in json.loads((GOLDEN / "inception_shapes.json").read_text()).items():
+        array = seeded(name, tuple(shape), "inception/")
+        if name.endswith("running_var"):
+            array = np.abs(array) * np.float32(0.5) + np.float32(0.5)
+        elif name.endswith("running_mean"):
+            array = np.float32(0.1) * np.clip(array, -1, 1)
+        elif name.endswith("bn.weight"):
+            array = 1 + np.float32(0.1) * np.sign(array) * np.minimum(np.abs(array), 1)
+        state[name] = array
+    return state
+
+
+def write_state(path: Path, state: dict[str, np.ndarray]) -> str:
+    """Writes tensors as a .safetensors file; returns its SHA-256."""
+    return write_safetensors(path, [Entry(n, x.shape, x.dtype, lambda x=x: [x]) for n, x in state.items()])

@@ -60,6 +60,12 @@ def test_objects_are_their_layouts_tokens():
     np.testing.assert_array_equal(found["box_flags"][0], [1, 0, 0])
 
 
+@pytest.mark.parametrize("crop, trim, whole", [(True, True, True), (False, False, True), (False, True, False)])
+def test_objects_ask_for_the_crop_where_its_boxes_must_be_whole(crop, trim, whole):
+    condition = Objects(ObjectTokens("boxes", 3, 100, 5, crop, (), trim))
+    assert ("crop_box" in condition.keys) == whole
+
+
 def test_configs_are_read_by_name():
     config = condition_config({"name": "coordinates", "codes": 64, "factor": 4, "scheme": "joint"}, "k")
     assert config == CoordinatesConfig(64, 4, "joint")

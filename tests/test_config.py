@@ -201,5 +201,20 @@ def test_differences_name_the_leaves():
 def test_plain_and_upgrade():
     assert plain(ConfigDict(dict(a=(1, 2), b=dict(c="x")))) == {"a": [1, 2], "b": {"c": "x"}}
     assert upgrade({"format_version": FORMAT_VERSION}) == {"format_version": FORMAT_VERSION}
+    old = {"format_version": 1, "config": {"model": {"transformer": {"layers": 2}, "grid": [4, 4]}, "batch_size": 3}}
+    new = upgrade(old)
+    assert new["config"]["model"] == {**old["config"]["model"], "condition_dropout": 0.0}
+    assert new["format_version"] == FORMAT_VERSION and old["format_version"] == 1 and upgrade(new) == new
+    assert (
+        "condition_dropout"
+        not in upgrade({"format_version": 1, "config": {"model": {"quantizer": {}}}})["config"]["model"]
+    )
+    old = {"format_version": FORMAT_VERSION, "step": 6, "config": {"batch_size": 4, "model": {}}}
+    assert upgrade(old) == old | {"examples": 24}
+    assert upgrade(old | {"examples": 20})["examples"] == 20
+    old = {"format_version": 1, "config": {"model": {}, "data": {"source": "folder", "crop": "center"}}}
+    data = upgrade(old)["config"]["data"]
+    assert data.keys() >= {"source", "crop", "resize_to", "classes"} and data["crop"] == "center"
+    assert data.items() <= (plain(common.data()) | old["config"]["data"]).items()
     with pytest.raises(UserError, match="install a newer one"):
         upgrade({"format_version": FORMAT_VERSION + 1})

@@ -9,7 +9,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "config": 0,
     "parallel": 0,
+    "drawing": 0,
     "images": 0,
+    "storage": 0,
     "torch_files": 0,
     "torch_pickle": 0,
     "weights": 0,
@@ -29,6 +31,7 @@ LAYERS = {
     "convert": 4,
     "pretrained": 4,
     "front_door": 4,
+    "scoring": 4,
     "tools": 5,
 }
 FILES = sorted((ROOT / "vqgan_jax").rglob("*.py"))

@@ -89,7 +89,7 @@ def vqgan_case():
 @functools.cache
 def transformer_case():
     config = TransformerConfig(
-        ArchitectureConfig(2, 4, 64, 0, 0, 0.0, 0.0, 0.0), ClassLabelConfig(8), (4, 4), "row_major", False
+        ArchitectureConfig(2, 4, 64, 0, 0, 0.0, 0.0, 0.0), ClassLabelConfig(8), (4, 4), "row_major", False, 0.0
     )
     model = ImageTransformer(config, Tokenizer(VQGAN(ref.FIRST_STAGE_TINY)))
     rng = np.random.default_rng(0)

@@ -229,7 +229,7 @@ def test_wrong_places_are_one_line(tmp_path):
 def small(condition, grid=(4, 4)):
     """A tiny transformer with random parameters under some condition, its own vocabulary layout."""
     architecture = ArchitectureConfig(1, 1, 8, 0, 0, 0.0, 0.0, 0.0)
-    config = TransformerConfig(architecture, condition, grid, "row_major", False)
+    config = TransformerConfig(architecture, condition, grid, "row_major", False, 0.0)
     model = ImageTransformer(config, Tokenizer(VQGAN(ref.VQGAN_TINY)))
     init = jax.jit(lambda: nn.unbox(model.init(jax.random.key(0))))
     frozen = {"first_stage": ref.vqgan_variables(ref.VQGAN_TINY, ref.checkpoint("vqgan_tiny.ckpt"))}

@@ -20,7 +20,10 @@ import train_vqgan
 from configs import common, demo_transformer, demo_vqgan
 from vqgan_jax import cli, pretrained
 from vqgan_jax.config import UserError
+from vqgan_jax.sampling.strategies import Strategy
+from vqgan_jax.scoring import judges
 from vqgan_jax.tools import convert
+from vqgan_jax.train import setup
 from vqgan_jax.train.checkpoints import load
 
 ROOT = Path(__file__).parent.parent
@@ -123,10 +126,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(runs, tmp_path
     jax.tree.map(np.testing.assert_array_equal, arrays(runs / "vqgan"), arrays(workdir))
 
 
+def sampled(workdir, out, **changes) -> np.ndarray:
+    """The pictures that sample.py makes."""
+    asked = dict(batch=16, seed=0, strategy=Strategy(), classes=[], size="", best=True, dtype="float32")
+    asked["mesh"] = {"data": -1, "fsdp": 1, "tensor": 1}
+    sample.sample(str(workdir), str(out), **asked | changes)
+    with np.load(Path(out) / "samples.npz") as arrays:
+        return arrays["arr_0"]
+
+
 def test_samples_are_those_of_their_seed_and_index(runs, tmp_path):
     asked = dict(number=5, seed=7, classes=["3", "noon_lake"])
-    together = sample.sample(str(runs / "gpt"), str(tmp_path / "a"), batch=5, **asked)
-    apart = sample.sample(str(runs / "gpt"), str(tmp_path / "b"), batch=2, **asked)
+    together = sampled(runs / "gpt", tmp_path / "a", batch=5, **asked)
+    apart = sampled(runs / "gpt", tmp_path / "b", batch=2, **asked)
     np.testing.assert_allclose(together.astype(int), apart, atol=1)  # decoding rounds as its batch size does
     with np.load(tmp_path / "a" / "samples.npz") as file:
         np.testing.assert_array_equal(file["arr_0"], together)
@@ -137,12 +149,12 @@ def test_samples_are_those_of_their_seed_and_index(runs, tmp_path):
 
 def test_larger_sizes_slide_and_a_moved_workdir_still_samples(runs, tmp_path):
     shutil.copytree(runs / "gpt", tmp_path / "moved")
-    made = sample.sample(str(tmp_path / "moved"), str(tmp_path / "out"), number=2, batch=2, size="16x40")
+    made = sampled(tmp_path / "moved", tmp_path / "out", number=2, batch=2, size="16x40")
     assert made.shape == (2, 16, 40, 3)
 
 
 def test_evaluate_scores_both_stages(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "CLASSIFIER_STEPS", 5)
+    monkeypatch.setattr(judges, "CLASSIFIER_STEPS", 5)
     scored = dict(batch=8, examples=0, samples=8, seed=0)
     first = evaluate.evaluate(str(runs / "vqgan"), str(tmp_path / "v.json"), **scored)
     assert {"val_psnr", "val_ssim", "codebook_usage", "codebook_perplexity", "val_psnr_p10"} <= set(first)
@@ -164,7 +176,7 @@ def test_an_imported_vqgan_is_scored_on_named_data(tmp_path):
         scores = evaluate.evaluate(str(tmp_path / name), str(tmp_path / "a.json"), **scored, config=config)
         assert scores["val_images"] == 16
     with pytest.raises(UserError, match="a VQGAN alone reconstructs"):
-        sample.sample(str(tmp_path / "imported"), str(tmp_path / "s"), number=1)
+        sampled(tmp_path / "imported", tmp_path / "s", number=1)
 
 
 def test_init_from_takes_parameters_and_starts_at_step_zero(runs, tmp_path):
@@ -191,11 +203,11 @@ def test_unconditional_codes_train_score_and_sample(runs, tmp_path, monkeypatch)
     config = transformer_config(runs / "vqgan", "2")
     config.model.condition = ConfigDict(dict(name="none"))
     train_transformer.train(config, "free")
-    assert sample.sample("free", "out", number=3, batch=16).shape == (3, 16, 16, 3)
+    assert sampled("free", "out", number=3, batch=16).shape == (3, 16, 16, 3)
     scores = evaluate.evaluate("free", "scores.json", batch=8, examples=0, samples=8, seed=0)
     assert "table_nll" in scores and "class_agreement" not in scores
     with pytest.raises(UserError, match="this model is unconditional"):
-        sample.sample("free", "out", number=1, classes=["1"])
+        sampled("free", "out", number=1, classes=["1"])
 
 
 @pytest.mark.slow
@@ -315,6 +327,17 @@ def test_mistakes_of_stage_two(runs, tmp_path):
         train_transformer.train(transformer_config(runs / "gpt", "2"), str(tmp_path / "d"))
 
 
+def test_a_run_with_another_batch_size_goes_on_where_it_was_in_its_data(runs, tmp_path, monkeypatch):
+    """Four steps of 8 examples, then one of 16: the order goes on at position 32, and the checkpoint says 48."""
+    shutil.copytree(runs / "gpt", tmp_path / "w")
+    starts, opened = [], setup.pipeline
+    monkeypatch.setattr(setup, "pipeline", lambda *a, **k: starts.append(k["start"]) or opened(*a, **k))
+    config = transformer_config(runs / "vqgan", "5")
+    config.batch_size = 16
+    train_transformer.train(config, str(tmp_path / "w"))
+    assert starts == [32] and load(tmp_path / "w" / "checkpoints")[1]["examples"] == 48
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -326,12 +349,12 @@ def test_mistakes_of_stage_two(runs, tmp_path):
 )
 def test_mistakes_in_sampling(runs, tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
-        sample.sample(str(runs / "gpt"), str(tmp_path), number=1, **arguments)
+        sampled(runs / "gpt", tmp_path, number=1, **arguments)
 
 
 def test_a_vqgan_alone_cannot_be_sampled(runs, tmp_path):
     with pytest.raises(UserError, match="holds a vqgan, a transformer is needed"):
-        sample.sample(str(runs / "vqgan"), str(tmp_path), number=1)
+        sampled(runs / "vqgan", tmp_path, number=1)
 
 
 def run_script(*argv: str) -> subprocess.CompletedProcess:

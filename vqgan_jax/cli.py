@@ -8,8 +8,10 @@ from pathlib import Path
 
 import jax
 from absl import app, flags
+from etils import epath
 from ml_collections import config_flags
 
+from vqgan_jax import storage
 from vqgan_jax.config import UserError
 
 FAILED = 2  # the exit code of every user error
@@ -67,6 +69,10 @@ def run(main: Callable[[], None], *, required: Sequence[str]) -> None:
             main()
         except UserError as error:
             fail(str(error))
+        except Exception as error:
+            if not storage.is_bucket_error(error):
+                raise
+            fail(f"gs://: the bucket does not answer as it should ({' '.join(str(error).split()) or repr(error)})")
 
     app.run(guarded, flags_parser=parse)
 
@@ -86,21 +92,9 @@ def fail(message: str) -> None:
     sys.exit(FAILED)
 
 
-def check_workdir(workdir: str, flag: str = "--workdir") -> Path:
+def check_workdir(workdir: str, flag: str = "--workdir") -> epath.Path:
     """Makes the folder that `flag` names. Raises UserError where it cannot be written."""
-    path = Path(workdir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(13, "permission denied")
-        probe = path / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{flag}={workdir}: cannot be written ({error.strerror or error}); name another folder"
-        ) from None
-    return path
+    return storage.make_folder(workdir, f"{flag}={workdir}")
 
 
 def _asks_for_help() -> bool:

@@ -18,6 +18,7 @@ from vqgan_jax.object_tokens import ObjectTokens
 from vqgan_jax.tokenizer import Tokenizer
 
 Frozen = Mapping[str, Any]
+Grid = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +66,31 @@ class Condition(Protocol):
     def invert(self, frozen: Frozen, tokens: jax.Array) -> Any:
         """What the tokens say: the condition again, as far as they hold it."""
 
+    def window(self, tokens: jax.Array, grid: Grid, top: jax.Array, left: jax.Array, size: Grid) -> jax.Array:
+        """Of the tokens of whole pictures of `grid` codes those for their window of `size` at (top, left), which may
+        be traced: int32 [b, length]."""
+
+
+class _Whole:
+    """A condition that says the same of every window."""
+
+    def window(self, tokens: jax.Array, grid: Grid, top: jax.Array, left: jax.Array, size: Grid) -> jax.Array:
+        """See `Condition.window`."""
+        return tokens
+
+
+class _Spatial:
+    """A condition with a token a code, in raster order."""
+
+    def window(self, tokens: jax.Array, grid: Grid, top: jax.Array, left: jax.Array, size: Grid) -> jax.Array:
+        """See `Condition.window`."""
+        b = tokens.shape[0]
+        cut = jax.lax.dynamic_slice(tokens.reshape(b, *grid), (0, top, left), (b, *size))
+        return cut.reshape(b, -1)
+
 
 @dataclasses.dataclass(frozen=True)
-class Unconditional:
+class Unconditional(_Whole):
     """A start token, for the transformer needs a first input."""
 
     length = 1
@@ -84,7 +107,7 @@ class Unconditional:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassLabel:
+class ClassLabel(_Whole):
     """One token, the class."""
 
     classes: int
@@ -104,7 +127,7 @@ class ClassLabel:
 
 
 @dataclasses.dataclass(frozen=True)
-class EncodedImage:
+class EncodedImage(_Spatial):
     """A picture (depth, segmentation, edges, ...) as the codes of a VQGAN of its own, in raster order."""
 
     stage: Tokenizer
@@ -128,8 +151,17 @@ class EncodedImage:
         """Where its parameters stand among the frozen ones."""
         return f"cond/{self.stage.config.input_key}"
 
+    @property
+    def codes_key(self) -> str:
+        """The batch key of its codes int32 [b, h, w], where a data set was encoded before."""
+        return f"codes/{self.frozen_name}"
+
     def tokens(self, frozen: Frozen, batch: Mapping[str, jax.Array]) -> jax.Array:
-        ids = self.stage.encode(frozen[self.frozen_name], model_input(self.stage.config, batch))
+        """From the batch's cached codes, or else from its pictures."""
+        if self.codes_key in batch:
+            ids = batch[self.codes_key]
+        else:
+            ids = self.stage.encode(frozen[self.frozen_name], model_input(self.stage.config, batch))
         return ids.reshape(ids.shape[0], -1)
 
     def invert(self, frozen: Frozen, tokens: jax.Array) -> jax.Array:
@@ -137,7 +169,7 @@ class EncodedImage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Coordinates:
+class Coordinates(_Spatial):
     """Where each code of a crop stands in the whole picture, in raster order, for windows of larger pictures."""
 
     config: "CoordinatesConfig"
@@ -182,7 +214,9 @@ class Objects:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return ("boxes", "box_classes", "box_flags", *(("crop_box",) if self.config.crop else ()))
+        boxes = ("boxes", "box_classes", "box_flags")
+        # Boxes that end at the view's edges have lost what `trim=False` keeps of them.
+        return (*boxes, "crop_box") if self.config.crop or not self.config.trim else boxes
 
     @property
     def length(self) -> int:
@@ -199,6 +233,16 @@ class Objects:
 
     def invert(self, frozen: Frozen, tokens: jax.Array) -> dict[str, jax.Array]:
         return self.config.invert(tokens)
+
+    def window(self, tokens: jax.Array, grid: Grid, top: jax.Array, left: jax.Array, size: Grid) -> jax.Array:
+        """With `crop`, the objects that the window shows, and the window as their crop; without, all of them."""
+        if not self.config.crop:
+            return tokens
+        scene = self.config.invert(tokens)
+        corner = jnp.stack([left / grid[1], top / grid[0]])
+        crop = jnp.concatenate([corner, jnp.array([size[1] / grid[1], size[0] / grid[0]])]).astype(jnp.float32)
+        crops = jnp.broadcast_to(crop, (tokens.shape[0], 4))
+        return self.config.tokens(scene["boxes"], scene["box_classes"], scene["box_flags"], crops)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import ml_collections
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?(?:e\d+)?)\s*(?P<unit>steps?|epochs?|examples?|%)?")
 
 
@@ -169,4 +169,22 @@ def upgrade(record: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"the checkpoint has format {version}, this vqgan_jax knows {FORMAT_VERSION}: install a newer one"
         )
-    return record
+    if "step" in record and "examples" not in record:  # before runs could change their batch size
+        record = record | {"examples": record["step"] * record["config"]["batch_size"]}
+    if "config" in record:
+        record = record | {"config": upgrade_config(record["config"])}
+    return record | {"format_version": FORMAT_VERSION}
+
+
+def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain config of any version as this one has it, as far as its model and its data go."""
+    newer = {"model": upgrade_model(config["model"])}
+    if "data" in config:  # what version 2 added, as if it had been said
+        folders = {"name": "", "images": "images", "masks": "", "depths": "", "segments": 0, "classes": ""}
+        newer["data"] = folders | {"min_objects": 1, "min_box_area": 0.0, "resize_to": 0} | config["data"]
+    return dict(config) | newer
+
+
+def upgrade_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain `config.model` of any version as this one has it: "condition_dropout" came with version 2."""
+    return ({"condition_dropout": 0.0} if "transformer" in model else {}) | dict(model)

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqgan_jax import losses
-from vqgan_jax.config import UserError
+from vqgan_jax.config import UserError, choose
 from vqgan_jax.models.gpt import split_layers
 from vqgan_jax.models.vqgan import model_input
-from vqgan_jax.sampling.sampler import make_sampler
-from vqgan_jax.sampling.strategies import Strategy, row_keys
+from vqgan_jax.sampling.sampler import leading_given, make_sampler
+from vqgan_jax.sampling.strategies import RAMPS, Strategy, row_keys
 from vqgan_jax.tokenizer import Tokenizer
 from vqgan_jax.transformer import ImageTransformer
 
@@ -156,7 +156,11 @@ class PretrainedTransformer:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float = 0.0,
         greedy: bool = False,
+        guidance: float = 1.0,
+        schedule: str = "constant",
+        power: float = 1.0,
         seed: int = 0,
     ) -> jax.Array:
         """Draws ids int32 [b, h, w]; row i depends on the seed and on i, not on the batch.
@@ -168,7 +172,11 @@ class PretrainedTransformer:
           temperature: divides the logits, above 0.
           top_k: draw from the k likeliest; None: from all.
           top_p: then from the likeliest that hold this share, in (0, 1]; None: from all.
+          min_p: then from those at least this share as likely as the likeliest.
           greedy: take the likeliest always.
+          guidance: scale of classifier-free guidance, for a model trained with `condition_dropout`; 1: none.
+          schedule: how the scale grows over the tokens: constant, linear, cosine or power-cosine.
+          power: of power-cosine.
           seed: of the draw.
         """
         grid = tuple(int(n) for n in grid or self.config.grid)
@@ -183,8 +191,19 @@ class PretrainedTransformer:
                 raise UserError(f"given: ids and a mask of bool, both of shape {(b, *grid)}")
             ids = _ids("given", np.where(mask, ids, 0), ("b", "h", "w"), self._model.layout.head_size)
             given = ids, jnp.asarray(mask)
-        strategy = Strategy(jnp.float32(temperature), jnp.int32(top_k or 0), jnp.float32(top_p or 1.0), greedy)
-        return sampler(self._split, condition, row_keys(seed, jnp.arange(len(condition))), strategy, given)
+        choose("schedule", schedule, RAMPS)
+        numbers = dict(temperature=temperature, top_p=top_p or 1.0, min_p=min_p, power=power)
+        strategy = Strategy(  # of arrays, so that every setting is of one program
+            **{name: jnp.float32(x) for name, x in numbers.items()},
+            top_k=jnp.int32(top_k or 0),
+            greedy=greedy,
+            guidance=jnp.float32(guidance),
+            guided=guidance != 1,
+            schedule=schedule,
+        )
+        leading = {"leading": leading_given(self._model, mask)} if given and grid == self.config.grid else {}
+        keys = row_keys(seed, jnp.arange(len(condition)))
+        return sampler(self._split, condition, keys, strategy, given, **leading)
 
     def decode(self, ids: Any) -> jax.Array:
         """Ids [b, h, w] to images float32; ids beyond the codebook (a shared vocabulary has some) as its last code."""

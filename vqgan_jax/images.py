@@ -2,15 +2,20 @@
 
 import io
 import math
-from pathlib import Path
+import os
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vqgan_jax import storage
+
 
 def from_uint8(pixels: np.ndarray) -> np.ndarray:
     """uint8 [..., c] in 0..255 to float32 in [-1, 1]: x / 127.5 - 1."""
-    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    out = pixels.astype(np.float32)  # in place from here: the pipeline spends a tenth of its time here otherwise
+    out /= np.float32(127.5)
+    out -= np.float32(1)
+    return out
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -54,8 +59,6 @@ def png_bytes(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def save_png(path: str | Path, pixels: np.ndarray) -> None:
+def save_png(path: str | os.PathLike, pixels: np.ndarray) -> None:
     """Writes one uint8 picture [h, w, 3] or [h, w] as PNG, making the folder where it is missing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png_bytes(pixels))
+    storage.write_bytes(path, png_bytes(pixels))

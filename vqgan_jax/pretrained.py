@@ -6,28 +6,39 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+import math
+import os
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vqgan_jax.config import UserError, upgrade
+from vqgan_jax import parallel, storage
+from vqgan_jax.config import UserError, choose, upgrade
 from vqgan_jax.convert import names, reference
+from vqgan_jax.evals.features import FeatureNet
 from vqgan_jax.front_door import PretrainedTransformer, PretrainedVQGAN
 from vqgan_jax.images import to_uint8
+from vqgan_jax.models import inception, resnet
 from vqgan_jax.models.gpt import split_layers
+from vqgan_jax.models.inception import Inception
 from vqgan_jax.models.lpips import LPIPS
+from vqgan_jax.models.resnet import RESNETS, ResNet
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
 from vqgan_jax.sampling.sampler import make_sampler
 from vqgan_jax.sampling.strategies import Strategy, row_keys
 from vqgan_jax.tokenizer import Tokenizer
 from vqgan_jax.torch_files import open_tensors
-from vqgan_jax.train import checkpoints
+from vqgan_jax.train import checkpoints, portable
 from vqgan_jax.train.setup import CHECKPOINTS, COND_STAGE, FIRST_STAGE
 from vqgan_jax.transformer import ImageTransformer, TransformerConfig
 
@@ -54,7 +65,9 @@ class Trained:
         return {"params": params, **self.collections.get(network, {})}
 
 
-def load_trained(path: str | Path, *, key: str, kind: str, best: bool = False) -> Trained:
+def load_trained(
+    path: str | os.PathLike, *, key: str, kind: str, best: bool = False, step: int | None = None
+) -> Trained:
     """Reads a run's newest whole checkpoint, a portable stage, or a file of the reference.
 
     Args:
@@ -62,38 +75,39 @@ def load_trained(path: str | Path, *, key: str, kind: str, best: bool = False) -
       key: the flag or config key that named it, for the error's text.
       kind: "vqgan" or "transformer", what it must be.
       best: the best checkpoint by the run's metric instead of the newest.
+      step: of a run, the checkpoint after so many steps.
 
     Raises:
       UserError: nothing there, another kind, or damaged.
     """
-    path = Path(path)
+    path = storage.path(path)
     if path.is_file():
         return _read_reference(path, key, kind, (reference.ROOT,))[reference.ROOT]
-    if (path / checkpoints.STAGE_RECORD).exists():
-        tree, record = checkpoints.read_stage(path)
+    if (path / portable.STAGE_RECORD).exists():
+        tree, record = portable.read_stage(path)
     elif (path / CHECKPOINTS).is_dir():
-        tree, record = checkpoints.load(path / CHECKPOINTS, only=("params", "collections", "ema"), best=best)
+        tree, record = checkpoints.load(path / CHECKPOINTS, step=step, only=("params", "collections", "ema"), best=best)
     else:
-        raise UserError(f"{key}={path}: no workdir there (no checkpoints/ and no {checkpoints.STAGE_RECORD})")
+        raise UserError(f"{key}={path}: no workdir there (no checkpoints/ and no {portable.STAGE_RECORD})")
     record = upgrade(record)
     _check_kind(path, key, record["kind"], kind)
     return Trained(record, tree.get("params", {}), tree.get("collections", {}), tree.get("ema", {}))
 
 
-def kind_of(path: str | Path, *, key: str) -> str:
+def kind_of(path: str | os.PathLike, *, key: str) -> str:
     """Whether `path`, as `load_trained` takes it, holds a "vqgan" or a "transformer". Raises UserError for neither."""
-    path = Path(path)
+    path = storage.path(path)
     if path.is_file():
         with reference.open_checkpoint(path) as opened:
             return opened.kind
-    if (stage := path / checkpoints.STAGE_RECORD).exists():
+    if (stage := path / portable.STAGE_RECORD).exists():
         return json.loads(stage.read_text())["record"]["kind"]
     if (config := path / "config.json").exists():
         return "transformer" if "condition" in json.loads(config.read_text())["model"] else "vqgan"
-    raise UserError(f"{key}={path}: no trained model there (no config.json and no {checkpoints.STAGE_RECORD})")
+    raise UserError(f"{key}={path}: no trained model there (no config.json and no {portable.STAGE_RECORD})")
 
 
-def _check_kind(path: Path, key: str, found: str, needed: str) -> None:
+def _check_kind(path: epath.Path, key: str, found: str, needed: str) -> None:
     if found != needed:
         use = {
             "vqgan": "a VQGAN alone reconstructs (evaluate.py) and serves train_transformer.py as --config.vqgan",
@@ -102,7 +116,7 @@ def _check_kind(path: Path, key: str, found: str, needed: str) -> None:
         raise UserError(f"{key}={path}: holds a {found}, a {needed} is needed; {use}")
 
 
-def _read_reference(path: Path, key: str, kind: str, folders: tuple[str, ...]) -> dict[str, Trained]:
+def _read_reference(path: epath.Path, key: str, kind: str, folders: tuple[str, ...]) -> dict[str, Trained]:
     """The stages of a checkpoint of the reference, as far as it has them."""
     with reference.open_checkpoint(path) as opened:
         _check_kind(path, key, opened.kind, kind)
@@ -113,28 +127,30 @@ def _read_reference(path: Path, key: str, kind: str, folders: tuple[str, ...]) -
         }
 
 
-def load_tokenizer(path: str | Path, *, key: str, dtype: Any = jnp.float32) -> tuple[Tokenizer, Tree, Trained]:
+def load_tokenizer(
+    path: str | os.PathLike, *, key: str, dtype: Any = jnp.float32, step: int | None = None
+) -> tuple[Tokenizer, Tree, Trained]:
     """A trained VQGAN as tokenizer, its variables (numpy), and what it was read from."""
-    trained = load_trained(path, key=key, kind="vqgan")
+    trained = load_trained(path, key=key, kind="vqgan", step=step)
     return make_tokenizer(trained, path, dtype), trained.variables("generator"), trained
 
 
-def make_tokenizer(trained: Trained, path: str | Path, dtype: Any) -> Tokenizer:
+def make_tokenizer(trained: Trained, path: str | os.PathLike, dtype: Any) -> Tokenizer:
     """The tokenizer of a VQGAN that was read from `path`."""
     return Tokenizer(VQGAN(VQGANConfig.from_config(trained.model_config, key=f"{path}: model"), dtype))
 
 
-def write_stage(directory: Path, trained: Trained, network: str) -> None:
+def write_stage(directory: epath.Path, trained: Trained, network: str) -> None:
     """Copies one sampled network of a run as a portable stage: EMA parameters as the parameters, and its statistics."""
     variables = trained.variables(network)
     params = variables.pop("params")
     tree = {"params": {network: params}}
     if variables:
         tree["collections"] = {network: variables}
-    checkpoints.write_stage(directory, tree, trained.record)
+    portable.write_stage(directory, tree, trained.record)
 
 
-def load_lpips(vgg: str | Path, heads: str | Path) -> Tree:
+def load_lpips(vgg: str | os.PathLike, heads: str | os.PathLike) -> Tree:
     """LPIPS's variables from torchvision's VGG16 and the `lpips` package's linear heads.
 
     Raises:
@@ -150,7 +166,45 @@ def load_lpips(vgg: str | Path, heads: str | Path) -> Tree:
     return {"params": params}
 
 
-def _tensor(tensors: Any, name: str, path: str | Path) -> np.ndarray:
+def load_inception(path: str | os.PathLike) -> FeatureNet:
+    """The FID's Inception network from pytorch-fid's file (.pth of either format, .safetensors).
+
+    Raises:
+      UserError: a tensor is missing, has another shape, or is not one of this network's.
+    """
+    # The last layer's bias is part of the file and of no score.
+    return _load_frozen("inception", Inception(), inception.SIZE, names.inception_key, path, unused=("fc.bias",))
+
+
+def load_resnet(name: str, path: str | os.PathLike) -> FeatureNet:
+    """torchvision's "resnet50" or "resnet101": pictures float32 [b, 224, 224, 3] in [-1, 1] -> logits [b, 1000].
+
+    Raises:
+      UserError: another name, or as `load_inception`.
+    """
+    return _load_frozen(name, ResNet(choose("classifier", name, RESNETS)), resnet.SIZE, names.resnet_key, path)
+
+
+def _load_frozen(
+    name: str,
+    module: nn.Module,
+    size: int,
+    key: Callable[[str], names.Key],
+    path: str | os.PathLike,
+    unused: Collection[str] = (),
+) -> FeatureNet:
+    abstract = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract["params"], sep="/").items()}
+    known = {*names.names_of(shapes, key), *unused}
+    with open_tensors(path) as tensors:
+        params = names.read_tree(tensors, shapes, key, f"{path}: {name}")
+        strange = sorted(x for x in tensors if x not in known and not x.endswith(".num_batches_tracked"))
+    if strange:
+        raise UserError(f"{path}: '{strange[0]}' is no tensor of {name} ({len(strange)} such)")
+    return FeatureNet(name, module.apply, {"params": params}, storage.sha256(path), size)
+
+
+def _tensor(tensors: Any, name: str, path: str | os.PathLike) -> np.ndarray:
     if name not in tensors:
         raise UserError(f"{path}: has no tensor '{name}'")
     return tensors.read(name)
@@ -166,40 +220,64 @@ class Stages:
     digest: dict[str, str]
 
 
-def adopt_stages(config: ConfigDict, workdir: Path, dtype: Any) -> Stages:
+def adopt_stages(config: ConfigDict, workdir: epath.Path, dtype: Any) -> Stages:
     """Copies the VQGANs that a stage-2 config names into its workdir, unless they are there, and opens the copies.
 
     Raises:
       UserError: no first stage named, or none there.
     """
-    wanted = {FIRST_STAGE: ("config.vqgan", config.vqgan)}
-    if config.model.condition.name == "image":
-        wanted[COND_STAGE] = ("config.cond_vqgan", config.cond_vqgan)
     # Before the first checkpoint the config may still change its mind; after it the copies are what was trained on.
     started = any((workdir / CHECKPOINTS).glob("[0-9]*"))
-    for name, (key, path) in wanted.items():
+    for name, (key, path) in _named(config).items():
         folder = workdir / name
-        there = (folder / checkpoints.STAGE_RECORD).exists()
+        there = (folder / portable.STAGE_RECORD).exists()
         multihost_utils.sync_global_devices(f"looked for {name}")
         if there and (started or not path):
             continue
-        if not path:
-            raise UserError(f"{key}: name the workdir of a trained VQGAN")
-        trained = load_trained(path, key=key, kind="vqgan")
+        trained = _load_named(key, path)
         if jax.process_index() == 0:
             write_stage(folder, trained, "generator")
         multihost_utils.sync_global_devices(f"copied {name}")
     return open_stages(workdir, dtype)
 
 
-def open_stages(workdir: Path, dtype: Any) -> Stages:
+def open_named_stages(config: ConfigDict, dtype: Any) -> Stages:
+    """Opens the VQGANs that a stage-2 config names where they lie. Their hashes are those of their copies in a workdir.
+
+    Raises:
+      UserError: as `adopt_stages`.
+    """
+    trained = {name: _load_named(key, path) for name, (key, path) in _named(config).items()}
+    digest = {}
+    with tempfile.TemporaryDirectory(prefix="vqgan_jax.") as folder:
+        for name, stage in trained.items():
+            write_stage(storage.path(folder) / name, stage, "generator")
+            digest[name] = _digest(storage.path(folder) / name)
+    return _stages(storage.path(config.vqgan), trained, digest, dtype)
+
+
+def _named(config: ConfigDict) -> dict[str, tuple[str, str]]:
+    """The key and the path of each stage that the config asks for."""
+    named = {FIRST_STAGE: ("config.vqgan", config.vqgan)}
+    if config.model.condition.name == "image":
+        named[COND_STAGE] = ("config.cond_vqgan", config.cond_vqgan)
+    return named
+
+
+def _load_named(key: str, path: str) -> Trained:
+    if not path:
+        raise UserError(f"{key}: name the workdir of a trained VQGAN")
+    return load_trained(path, key=key, kind="vqgan")
+
+
+def open_stages(workdir: epath.Path, dtype: Any) -> Stages:
     """Opens the copies of the frozen stages in a stage-2 workdir."""
     folders = [name for name in (FIRST_STAGE, COND_STAGE) if name == FIRST_STAGE or (workdir / name).exists()]
     stages = {name: load_trained(workdir / name, key="--workdir", kind="vqgan") for name in folders}
     return _stages(workdir, stages, {name: _digest(workdir / name) for name in folders}, dtype)
 
 
-def _stages(path: Path, trained: Mapping[str, Trained], digest: dict[str, str], dtype: Any) -> Stages:
+def _stages(path: epath.Path, trained: Mapping[str, Trained], digest: dict[str, str], dtype: Any) -> Stages:
     first, cond = (
         make_tokenizer(trained[name], path / name, dtype) if name in trained else None
         for name in (FIRST_STAGE, COND_STAGE)
@@ -210,8 +288,8 @@ def _stages(path: Path, trained: Mapping[str, Trained], digest: dict[str, str], 
     return Stages(first, cond, frozen, digest)
 
 
-def _digest(folder: Path) -> str:
-    return json.loads((folder / checkpoints.STAGE_RECORD).read_text())["sha256"]
+def _digest(folder: epath.Path) -> str:
+    return json.loads((folder / portable.STAGE_RECORD).read_text())["sha256"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,47 +304,111 @@ class TrainedTransformer:
 
     @functools.cached_property
     def split(self) -> Tree:
-        """The parameters with layers apart, as the sampler takes them."""
-        return split_layers(jax.tree.map(jnp.asarray, self.params))
+        """The parameters with layers apart, in the compute dtype."""
+        return split_layers(self.params, self.model.dtype)
+
+    @functools.cached_property
+    def _programs(self) -> Callable[[tuple[int, int]], tuple[Any, ...]]:
+        """By grid: conditions and keys, ids, and pictures, each compiled once however often samples are drawn."""
+        tokens = jax.jit(
+            lambda frozen, rows, seed: (self.model.condition.tokens(frozen, rows), row_keys(seed, rows["index"]))
+        )
+        decode = jax.jit(self.model.decode)
+        return functools.cache(lambda grid: (tokens, make_sampler(self.model, grid), decode))
+
+    @functools.cached_property
+    def _placed(self) -> Callable[[Mesh], tuple[Tree, Tree]]:
+        """By mesh: the sampler's parameters and the frozen variables."""
+        return functools.cache(lambda mesh: (self.model.split(self.params, mesh), parallel.put_tree(self.frozen, mesh)))
+
+    def with_params(self, params: Tree) -> "TrainedTransformer":
+        """The same model with other parameters (as trained); what is compiled stays."""
+        other = dataclasses.replace(self, params=params)
+        other.__dict__["_programs"] = self._programs
+        return other
+
+    @property
+    def checkpoint(self) -> int | str | None:
+        """What tells it from other checkpoints of its place: its step, or the hash of the file it was imported from."""
+        imported = self.record.get("imported")
+        return imported["sha256"] if imported else self.record.get("step")
 
     def samples(
-        self, labels: np.ndarray, grid: tuple[int, int], *, seed: int, batch: int, strategy: Strategy
+        self,
+        conditions: np.ndarray | Callable[[np.ndarray], Mapping[str, np.ndarray]],
+        grid: tuple[int, int],
+        *,
+        seed: int,
+        batch: int,
+        strategy: Strategy,
+        indices: np.ndarray | None = None,
+        mesh: Mesh | None = None,
     ) -> Iterator[np.ndarray]:
-        """Draws one picture a label, `batch` at a time: uint8 [up to batch, h, w, c]. Picture i depends on the seed and
-        on i, not on the batch. One compiled shape: the last batch is filled up and cut."""
-        draw, decode = make_sampler(self.model, grid), jax.jit(self.model.decode)
-        for start in range(0, len(labels), batch):
-            indices = np.arange(start, start + batch)
-            rows = {"label": jnp.asarray(labels[indices % len(labels)])}
-            condition = self.model.condition.tokens(self.frozen, rows)
-            ids = draw(self.split, condition, row_keys(seed, jnp.asarray(indices)), strategy, None)
-            yield to_uint8(np.asarray(decode(self.frozen, ids)))[: len(labels) - start]
+        """Draws picture i under condition i, `batch` at a time: uint8 [up to batch, h, w, c].
+
+        Picture i depends on the seed and on i, not on the batch, its place in it, or the devices. One compiled shape:
+        the last batch is filled up and cut. While a batch is handed over, the next is already being drawn.
+
+        Args:
+          conditions: labels, int32, one a picture; or `(indices [n]) -> batch arrays [n, ...]` as the condition needs.
+          grid: height and width in codes.
+          seed: of all pictures.
+          batch: pictures at once; rounded up to what the mesh divides.
+          strategy: how to draw.
+          indices: which pictures; where None all that have a label.
+          mesh: of this process's own devices (hosts sample apart); by default one copy of the model on each.
+        """
+        mesh = mesh or parallel.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
+        rows_of = conditions if callable(conditions) else lambda chosen: {"label": conditions[chosen]}
+        indices = np.arange(len(conditions)) if indices is None else np.asarray(indices)
+        parts = math.prod(mesh.shape[name] for name in parallel.BATCH_AXES)
+        batch = -(-batch // parts) * parts
+        tokens, draw, decode = self._programs(grid)
+        params, frozen = self._placed(mesh)
+        waiting: list[tuple[jax.Array, int]] = []
+        for start in range(0, len(indices), batch):
+            chosen = indices[start : start + batch]
+            filled = np.resize(chosen, batch)
+            rows = {"index": filled.astype(np.int32), **rows_of(filled)}
+            with jax.set_mesh(mesh):
+                condition, keys = tokens(frozen, parallel.put_batch(rows, mesh, batch), seed)
+                pictures = decode(frozen, draw(params, condition, keys, strategy, None))
+            waiting.append((pictures, len(chosen)))
+            if len(waiting) > 1:
+                yield _host_pictures(*waiting.pop(0))
+        for pictures, count in waiting:
+            yield _host_pictures(pictures, count)
+
+
+def _host_pictures(pictures: jax.Array, count: int) -> np.ndarray:
+    return to_uint8(np.asarray(pictures)[:count])
 
 
 def open_transformer(
-    workdir: str | Path, *, key: str, best: bool = True, dtype: Any = jnp.float32
+    workdir: str | os.PathLike, *, key: str, best: bool = True, step: int | None = None, dtype: Any = jnp.float32
 ) -> TrainedTransformer:
-    """Opens a stage-2 workdir for sampling and scoring, by default its best checkpoint; or a file of the reference."""
-    workdir = Path(workdir)
+    """Opens a stage-2 workdir for sampling and scoring, by default its best checkpoint, else that after `step` steps;
+    or a file of the reference."""
+    workdir = storage.path(workdir)
     if workdir.is_file():
         read = _read_reference(workdir, key, "transformer", (reference.ROOT, FIRST_STAGE, COND_STAGE))
         trained = read.pop(reference.ROOT)
         stages = _stages(workdir, read, dict.fromkeys(read, trained.record["imported"]["sha256"]), dtype)
     else:
-        trained = load_trained(workdir, key=key, kind="transformer", best=best)
+        trained = load_trained(workdir, key=key, kind="transformer", best=best, step=step)
         stages = open_stages(workdir, dtype)
     config = TransformerConfig.from_config(trained.model_config, key=f"{workdir}: model")
     model = ImageTransformer(config, stages.first, stages.cond, dtype)
     return TrainedTransformer(model, trained.variables("transformer")["params"], stages.frozen, stages, trained.record)
 
 
-def load_vqgan(path: str | Path) -> PretrainedVQGAN:
+def load_vqgan(path: str | os.PathLike) -> PretrainedVQGAN:
     """A trained VQGAN from a workdir, an imported directory, or a .ckpt of the reference (YAML of the same stem)."""
     tokenizer, variables, _ = load_tokenizer(path, key="path")
     return PretrainedVQGAN(tokenizer, variables)
 
 
-def load_transformer(path: str | Path) -> PretrainedTransformer:
+def load_transformer(path: str | os.PathLike) -> PretrainedTransformer:
     """A trained transformer with its stages, from the same kinds of places as `load_vqgan`."""
     trained = open_transformer(path, key="path")
     return PretrainedTransformer(trained.model, trained.params, trained.frozen)

@@ -11,12 +11,13 @@ import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from etils import epath
 
 from vqgan_jax.config import UserError
+from vqgan_jax.storage import path as user_path
 from vqgan_jax.torch_pickle import (
     DAMAGE,
     Refused,
@@ -53,7 +54,7 @@ class TensorFile(Mapping[str, np.ndarray]):
         str, bytes, numbers, bool, None. Objects of unknown classes show as the dict they held; the rest is left out.
     """
 
-    def __init__(self, path: Path, tensors: dict[str, Tensor], metadata: dict, start: Callable, close: Callable):
+    def __init__(self, path: epath.Path, tensors: dict[str, Tensor], metadata: dict, start: Callable, close: Callable):
         self.path = path
         self.metadata = metadata
         self._tensors, self._start, self.close = tensors, start, close
@@ -111,11 +112,11 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
       UserError: one line that starts with the path: no such file, an unknown format, a damaged or lying file, no
         tensors inside, or a pickle that would call something ("refused: its pickle would call posix.system").
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder or device, not a file' if path.exists() else 'no such file'}")
     with _one_line(path), contextlib.ExitStack() as opened:
-        file = opened.enter_context(open(path, "rb"))
+        file = opened.enter_context(path.open("rb"))
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         head = file.read(512)
@@ -135,7 +136,7 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
 
 
 @contextlib.contextmanager
-def _one_line(path: Path) -> Iterator[None]:
+def _one_line(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except Refused as error:

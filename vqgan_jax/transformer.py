@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
+from jax.sharding import Mesh
 
 from vqgan_jax import conditioning, ordering
 from vqgan_jax.config import UserError, to_dataclass
-from vqgan_jax.models.gpt import GPT, Cache, GPTConfig, init_cache
+from vqgan_jax.models.gpt import GPT, Cache, GPTConfig, init_cache, split_layers
 from vqgan_jax.models.vqgan import model_input
+from vqgan_jax.parallel import constrain, state_shardings
 from vqgan_jax.tokenizer import Tokenizer
 
 Tree = Any
@@ -45,16 +47,22 @@ class TransformerConfig:
     grid: tuple[int, ...]  # height and width of the code grid it is trained on
     order: str
     shared_vocabulary: bool  # the reference's layout: condition and image codes share ids
+    condition_dropout: float  # share of training rows whose condition is the null token; above 0 sampling can be guided
 
     @classmethod
     def from_config(cls, model: Mapping[str, Any], key: str = "config.model") -> "TransformerConfig":
         """Builds it from `config.model`. Raises UserError that names the key."""
-        rest = {name: model[name] for name in ("grid", "order", "shared_vocabulary")}
+        rest = {name: model[name] for name in ("grid", "order", "shared_vocabulary", "condition_dropout")}
         if unknown := set(model) - set(rest) - {"transformer", "condition"}:
             raise UserError(f"{key}: unknown key '{sorted(unknown)[0]}'")
         architecture = to_dataclass(ArchitectureConfig, model["transformer"], key=f"{key}.transformer")
         condition = conditioning.condition_config(model["condition"], f"{key}.condition")
-        return cls(architecture, condition, tuple(rest["grid"]), rest["order"], rest["shared_vocabulary"])
+        dropout = rest["condition_dropout"]
+        if not 0 <= dropout < 1:
+            raise UserError(f"{key}.condition_dropout: {dropout}; it is a share of the rows, from 0 to below 1")
+        if dropout and isinstance(condition, conditioning.UnconditionalConfig):
+            raise UserError(f"{key}.condition_dropout: an unconditional model has no condition to drop; set it to 0")
+        return cls(architecture, condition, tuple(rest["grid"]), rest["order"], rest["shared_vocabulary"], dropout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +82,29 @@ class ImageTransformer:
 
     @functools.cached_property
     def layout(self) -> conditioning.TokenLayout:
-        return conditioning.TokenLayout(
-            self.first_stage.codebook_size, self.condition.vocab_size, self.config.shared_vocabulary
-        )
+        codes = self.condition.vocab_size + (self.config.condition_dropout > 0)
+        return conditioning.TokenLayout(self.first_stage.codebook_size, codes, self.config.shared_vocabulary)
+
+    @property
+    def null_condition(self) -> jax.Array:
+        """The condition that says nothing: the id after all others at every place, int32 [1, length].
+
+        Raises:
+          UserError: the model was trained without one.
+        """
+        if not self.config.condition_dropout:
+            raise UserError(
+                "guidance: this model was trained without config.model.condition_dropout, so it knows no null "
+                "condition; sample with guidance 1"
+            )
+        return jnp.full((1, self.condition.length), self.condition.vocab_size, jnp.int32)
+
+    def drop_condition(self, key: jax.Array, condition_bt: jax.Array) -> jax.Array:
+        """The condition as training sees it: the null one in a share of the rows."""
+        if not self.config.condition_dropout:
+            return condition_bt
+        dropped = jax.random.bernoulli(key, self.config.condition_dropout, (condition_bt.shape[0], 1))
+        return jnp.where(dropped, self.null_condition, condition_bt)
 
     @functools.cached_property
     def order(self) -> np.ndarray:
@@ -188,14 +216,23 @@ class ImageTransformer:
                 span=span,
                 last=1,
             )
-            return logits[:, 0], cache
+            return constrain(logits[:, 0], "batch", None), cache
 
-        return apply, lambda batch: init_cache(self.gpt, batch, self.gpt.block_size, self.dtype)
+        length = self.condition.length + len(self.order) - 1
+        return apply, lambda batch: init_cache(self.gpt, batch, length, self.dtype)
+
+    def split(self, params: Tree, mesh: Mesh) -> Tree:
+        """Stacked parameters as the sampler takes them: layers apart, in the compute dtype, sharded like the model."""
+        ids = jnp.zeros((1, 2), jnp.int32)
+        init = functools.partial(GPT(self.gpt, self.dtype, scan_layers=False).init, positions_bt=ids)
+        shardings = state_shardings(jax.eval_shape(init, jax.random.key(0), ids)["params"], mesh)
+        return jax.tree.map(jax.device_put, split_layers(params, self.dtype), shardings)
 
     def window_logits(
         self, split_params: Tree, condition_bt: jax.Array, window_bt: jax.Array, at: jax.Array
     ) -> jax.Array:
-        """Logits [b, v] of the window's token number `at`, from the tokens before it; the rest may be anything."""
+        """Logits [b, v] of the window's token number `at` [b], from the tokens before it; the rest may be anything, or
+        absent: `window_bt` holds the window's first tokens, more than `at`."""
         ids = self.layout.join(condition_bt, window_bt)[:, :-1]
         logits, _ = GPT(self.gpt, self.dtype, scan_layers=False).apply(
             {"params": split_params},

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from absl import logging
+from etils import epath
 from tqdm import tqdm
 
+from vqgan_jax import storage
 from vqgan_jax.config import UserError, choose
 
 _TIMEOUT_S = 30
@@ -117,12 +119,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("VQGAN_JAX_CACHE") or Path.home() / ".cache" / "vqgan_jax").expanduser()
 
 
-def fetch(name: str, local: str | None = None, *, flag: str) -> Path:
+def fetch(name: str, local: str | None = None, *, flag: str) -> epath.Path:
     """Finds a file of weights: the local file if one is given, else the cached one, else a download.
 
     Args:
       name: a key of REGISTRY.
-      local: a file the user has; None or "" for none. It is taken as it is, whatever its digest.
+      local: a file the user has, local or in a bucket; None or "" for none. It is taken as it is, whatever its digest.
       flag: the flag or config key that `local` comes from, for the error's text ("--config.loss.lpips_weights").
 
     Raises:
@@ -130,9 +132,9 @@ def fetch(name: str, local: str | None = None, *, flag: str) -> Path:
     """
     weights = choose("weights", name, REGISTRY)
     if local:
-        if not Path(local).is_file():
+        if not (path := storage.path(local)).is_file():
             raise UserError(f"{flag}: no such file: {local}")
-        return Path(local)
+        return path
     target = cache_folder() / weights.filename
     if not target.is_file():
         try:
@@ -143,7 +145,7 @@ def fetch(name: str, local: str | None = None, *, flag: str) -> Path:
                 f"Get it from {weights.url} ({_digest(weights)}, licence {weights.licence}), "
                 f"then put it at {target} or name the file with {flag}=FILE"
             ) from None
-    return target
+    return epath.Path(target)
 
 
 def _digest(weights: Weights) -> str:

@@ -7,7 +7,7 @@ from safetensors.numpy import save_file
 
 from tests import reference as ref
 from vqgan_jax.tools import convert
-from vqgan_jax.train.checkpoints import read_stage
+from vqgan_jax.train.portable import read_stage
 
 GOOD = {  # stages by folder, and the tensors of the file
     "vqgan_tiny": ([""], 171),

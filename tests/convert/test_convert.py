@@ -15,7 +15,7 @@ from vqgan_jax.config import UserError
 from vqgan_jax.convert.reference import open_checkpoint
 from vqgan_jax.convert.stream import Entry, write_safetensors
 from vqgan_jax.models.vqgan import VQGANConfig
-from vqgan_jax.train.checkpoints import read_stage
+from vqgan_jax.train.portable import read_stage
 
 
 @pytest.mark.parametrize("name", GOOD)

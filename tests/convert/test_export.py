@@ -22,7 +22,7 @@ from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
 from vqgan_jax.object_tokens import ObjectTokens
 from vqgan_jax.tokenizer import Tokenizer
 from vqgan_jax.torch_files import open_tensors
-from vqgan_jax.train.checkpoints import read_stage
+from vqgan_jax.train.portable import read_stage
 from vqgan_jax.transformer import ArchitectureConfig, ImageTransformer, TransformerConfig
 
 
@@ -111,7 +111,9 @@ CONDITIONS = {
 @pytest.mark.parametrize("kind", CONDITIONS)
 def test_transformers_of_every_condition_go_out_and_in(kind, tmp_path):
     condition, order, prefix = CONDITIONS[kind]
-    config = TransformerConfig(ArchitectureConfig(2, 2, 16, 0, prefix, 0.0, 0.1, 0.0), condition, (4, 4), order, True)
+    config = TransformerConfig(
+        ArchitectureConfig(2, 2, 16, 0, prefix, 0.0, 0.1, 0.0), condition, (4, 4), order, True, 0.0
+    )
     model = ImageTransformer(config, Tokenizer(VQGAN(FIRST)))
     random = np.random.RandomState(3)
     params = jax.tree.map(lambda x: random.standard_normal(x.shape).astype(np.float32), _unboxed(model))
@@ -141,7 +143,7 @@ def test_what_the_reference_cannot_say_is_not_exported(tmp_path):
         with pytest.raises(UserError, match=name):
             export.export_vqgan(tmp_path / "x.safetensors", export.Network(other, arrays))
     architecture = ArchitectureConfig(2, 2, 16, 0, 0, 0.0, 0.0, 0.0)
-    own = TransformerConfig(architecture, ClassLabelConfig(7), (4, 4), "row_major", False)
+    own = TransformerConfig(architecture, ClassLabelConfig(7), (4, 4), "row_major", False, 0.0)
     with pytest.raises(UserError, match="shared_vocabulary"):
         export.export_transformer(tmp_path / "x.safetensors", ImageTransformer(own, Tokenizer(VQGAN(FIRST))), {}, {})
     assert not list(tmp_path.iterdir())
@@ -149,7 +151,7 @@ def test_what_the_reference_cannot_say_is_not_exported(tmp_path):
 
 def test_memory_stays_far_below_the_files_size(tmp_path, capsys):
     config = TransformerConfig(
-        ArchitectureConfig(6, 4, 256, 0, 0, 0.0, 0.0, 0.0), ClassLabelConfig(7), (4, 4), "row_major", True
+        ArchitectureConfig(6, 4, 256, 0, 0, 0.0, 0.0, 0.0), ClassLabelConfig(7), (4, 4), "row_major", True, 0.0
     )
     model = ImageTransformer(config, Tokenizer(VQGAN(FIRST)))
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), _unboxed(model))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vqgan_jax.config import UserError
 from vqgan_jax.images import save_png
-from vqgan_jax.tools import report
+from vqgan_jax.tools import curves, page, report, tables
 
 PIXEL = np.full((4, 4, 3), 90, np.uint8)
 
@@ -186,8 +186,8 @@ def test_several_folders_keep_their_names_apart(demo, tmp_path):
 def test_a_long_curve_is_means_of_equal_stretches():
     steps, values = np.arange(1000), np.arange(1000.0)
     values[500] = np.nan
-    thin_steps, thin_values = report._thin(steps, values)
-    assert len(thin_steps) <= report.MAX_POINTS
+    thin_steps, thin_values = curves.thin(steps, values)
+    assert len(thin_steps) <= curves.MAX_POINTS
     assert np.isnan(thin_values).sum() == 1
     kept = np.isfinite(thin_values)
     np.testing.assert_allclose(thin_values[kept], thin_steps[kept])
@@ -210,13 +210,71 @@ def test_a_long_curve_is_means_of_equal_stretches():
     ],
 )
 def test_numbers_to_read(value, unit, text):
-    assert report._number(value, unit) == text
+    assert tables.number(value, unit) == text
 
 
 def test_small_pictures_grow_by_whole_factors(tmp_path):
     Image.fromarray(np.zeros((100, 200, 3), np.uint8)).save(tmp_path / "a.png")
-    report.write_page(
+    page.write_page(
         tmp_path / "p.html", title="t", summary={}, commands=[], runs={}, pictures=[("a", "", tmp_path / "a.png")]
     )
     (image,) = Page(tmp_path / "p.html").all("img")
     assert (image["width"], image["height"]) == ("400", "200")
+
+
+def scored(tmp_path):
+    """Two runs with one metric in common, and a result of each kind."""
+    for name, psnr in (("long_run", 25.0), ("short", 20.0)):
+        rows = [{"step": s, "time": 1.0, "loss": 1 / s, "val/psnr": psnr + s} for s in (1, 2, 3)]
+        write_metrics(tmp_path / "runs" / name, rows)
+    (tmp_path / "runs" / "short" / "evaluation.json").write_text(
+        json.dumps({"val_psnr": 23.5, "val_psnr_stderr": 0.25, "fid": 12.0, "definition": {"a": 1}, "workdir": "x"})
+    )
+    (tmp_path / "runs" / "fid.json").write_text(json.dumps({"fid": 9.5, "precision": 0.5, "definition": {}}))
+    rows = [{"name": "top_k=1", "scores": {"fid": 10.0}}, {"name": "top_k=2", "scores": {"fid": 11.0}}]
+    (tmp_path / "runs" / "sweep.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "runs" / "notes.txt").write_text("no run")
+    return sorted(str(path) for path in (tmp_path / "runs").iterdir())
+
+
+def test_many_runs_become_tables_and_curves_laid_over_each_other(tmp_path, capsys):
+    paths = scored(tmp_path)
+    assert report.main(paths) == 0
+    captured = capsys.readouterr()
+    assert "passed over" in captured.err and "notes.txt" in captured.err and captured.out.count("wrote") == 5
+    folder = tmp_path / "runs"
+    lines = (folder / "report.md").read_text().splitlines()
+    assert lines[0].split(" | ")[1:3] == ["Reconstruction PSNR [dB]", "FID"]
+    table = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:3] for line in lines[2:]}
+    assert table["short"] == ["23.5 ± 0.25", "12"] and table["fid"][1] == "**9.5**"
+    assert table["long_run"] == ["**28**", ""] and table["sweep: top_k=1"][1] == "10"
+    rows = [line.split(",") for line in (folder / "report.csv").read_text().splitlines()]
+    assert rows[0][:4] == ["run", "val_psnr", "val_psnr_stderr", "fid"]
+    assert ["short", "23.5", "0.25", "12.0"] in [row[:4] for row in rows]
+    latex = (folder / "report.tex").read_text()
+    assert r"long\_run & \textbf{28}" in latex and r"\textbf{9.5}" in latex and "50.0 \\%" in latex
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "report.html").read_text()
+    compared = page[page.index("<h2>Runs compared</h2>") : page.index("<h2>Curves</h2>")]
+    assert compared.count("<svg") == 2 and compared.count("long_run") == compared.count("short") == 2
+
+
+def test_one_run_is_not_compared_with_itself(tmp_path):
+    write_metrics(tmp_path / "run", [{"step": 5, "time": 1.0, "loss": 2.5}])
+    assert report.main([str(tmp_path / "run")]) == 0
+    assert "Runs compared" not in (tmp_path / "run" / "index.html").read_text()
+    assert [path.name for path in (tmp_path / "run").glob("*.md")] == []
+
+
+def test_the_best_is_marked_by_the_figures_own_direction():
+    rows = {"a": {"fid": 2.0, "val_psnr": 20.0, "samples": 5}, "b": {"fid": 3.0, "val_psnr": 30.0, "samples": 6}}
+    assert tables.best_rows(rows, "fid") == {"a"} and tables.best_rows(rows, "val_psnr") == {"b"}
+    assert tables.best_rows(rows, "samples") == set()
+    assert tables.best_rows({"a": rows["a"]}, "fid") == set()
+    rows["a"]["fid"] = float("nan")
+    assert tables.best_rows(rows | {"c": {"fid": 4.0}}, "fid") == {"b"}
+
+
+def test_latex_escapes_what_it_would_take_for_commands():
+    text = tables.latex({"50%_{x}&$": {"fid": 1.0}})
+    assert r"50\%\_\{x\}\&\$" in text

@@ -21,6 +21,7 @@ from flax import struct
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vqgan_jax import storage
 from vqgan_jax.config import UserError
 from vqgan_jax.train import checkpoints as checkpoints_module
 from vqgan_jax.train import loop as loop_module
@@ -108,6 +109,7 @@ def run(workdir: Path, *, total=TOTAL, bad=(), hook=lambda step: None, budget=0,
                     writer=writer,
                     record={"format_version": 1, "seed": 3},
                     start_step=start,
+                    start_examples=8 * start,
                     workdir=workdir,
                     nonfinite_budget=budget,
                     examples_per_step=8,
@@ -167,6 +169,7 @@ def test_order_and_schedule(tmp_path):
             writer=writer,
             record={},
             start_step=0,
+            start_examples=0,
             workdir=tmp_path,
             nonfinite_budget=0,
             examples_per_step=8,
@@ -419,6 +422,19 @@ def test_killed_in_a_save(tmp_path, whole, moment):
     assert_equal_runs(tmp_path, whole)
 
 
+def test_killed_in_a_save_in_a_bucket(tmp_path, whole, bucket):
+    process = toy_process(bucket, "committed")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, err
+    workdir = storage.path(bucket)
+    assert load(workdir / "checkpoints")[1]["step"] == 6 and (workdir / "checkpoints" / "12" / "state").exists()
+    run(workdir)
+    for file in storage.files(workdir):
+        storage.write_bytes(tmp_path / file.relative_to(workdir), file.read_bytes())
+    assert_equal_runs(tmp_path, whole)
+    assert {p.name for p in (tmp_path / "images").iterdir()} == {p.name for p in (whole / "images").iterdir()}
+
+
 def test_two_processes_stop_at_one_step(tmp_path):
     """SIGTERM to one process of two: both save the same step and leave with 42."""
     with socket.socket() as probe:
@@ -471,9 +487,8 @@ def sabotage(moment: str) -> None:
     if moment == "committed":
         checkpoints_module._write_manifest = at_12(before=die)(checkpoints_module._write_manifest)
     if moment == "manifest":
-        write = type(checkpoints_module.epath.Path(".")).replace
-        dying = lambda self, target: die() if "/12/manifest" in str(self) else write(self, target)  # noqa: E731
-        type(checkpoints_module.epath.Path(".")).replace = dying
+        write = Path.replace
+        Path.replace = lambda self, target: die() if "/12/manifest" in str(target) else write(self, target)
     if moment == "sealed":
         checkpoints_module._write_manifest = at_12(after=die)(checkpoints_module._write_manifest)
 
@@ -488,7 +503,7 @@ def main(workdir: str, how: str) -> None:
         run_pair(Path(workdir))
     else:
         sabotage(how)
-        run(Path(workdir))
+        run(storage.path(workdir))
 
 
 def run_pair(workdir: Path) -> None:
@@ -515,6 +530,7 @@ def run_pair(workdir: Path) -> None:
                 writer=writer,
                 record={},
                 start_step=0,
+                start_examples=0,
                 workdir=workdir,
                 nonfinite_budget=0,
                 examples_per_step=8,

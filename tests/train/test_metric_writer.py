@@ -11,6 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from vqgan_jax import storage
+from vqgan_jax.train import metric_writer
 from vqgan_jax.train.metric_writer import open_writer
 
 
@@ -74,6 +76,44 @@ def test_resuming_cuts_the_logs_back(tmp_path):
     loaded = [event for path in event_files(tmp_path) for event in EventFileLoader(str(path)).Load()]
     tags = [value.tag for event in loaded for value in event.summary.value]
     assert tags.count("_hparams_/session_start_info") == 1
+
+
+def download(workdir: str, folder: Path) -> None:
+    for file in storage.files(workdir):
+        storage.write_bytes(folder / file.relative_to(workdir).as_posix(), file.read_bytes())
+
+
+def test_resuming_in_a_bucket_cuts_the_logs_back(bucket, tmp_path, monkeypatch):
+    """The same over many small event files, which is what a bucket gets."""
+    monkeypatch.setattr(metric_writer, "_PART_BYTES", 100)
+    monkeypatch.setattr(metric_writer, "_FLUSH_SECONDS", 0.0)
+    write(bucket, 0, 5, 0.0)
+    write(bucket, 3, 7, 1.0)
+    download(bucket, tmp_path)
+    wanted = [(1, 0.0), (2, 0.0), (3, 0.0), (4, 1.0), (5, 1.0), (6, 1.0), (7, 1.0)]
+    assert [(line["step"], line["loss"]) for line in json_lines(tmp_path)] == wanted
+    assert len(event_files(tmp_path)) > 10
+    events = tensorboard(tmp_path)
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == wanted
+    assert [e.step for e in events.Images("picture")] == [step for step, _ in wanted]
+
+
+def test_a_bucket_has_what_was_flushed_when_the_process_dies(bucket, tmp_path):
+    writer = open_writer(bucket, resume_step=0)
+    writer.write_scalars(1, {"loss": 1.0})
+    writer.flush()
+    writer.write_scalars(2, {"loss": 2.0})  # not flushed, and the writer is never closed
+    download(bucket, tmp_path)
+    assert [line["step"] for line in json_lines(tmp_path)] == [1]
+    assert [e.step for e in tensorboard(tmp_path).Scalars("loss")] == [1]
+
+
+def test_what_is_written_is_flushed_in_time_without_being_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(metric_writer, "_FLUSH_SECONDS", 0.0)
+    writer = open_writer(tmp_path, resume_step=0)
+    writer.write_scalars(1, {"loss": 1.0})
+    assert [e.step for e in tensorboard(tmp_path).Scalars("loss")] == [1]
+    writer.close()
 
 
 def test_starting_afresh_drops_everything(tmp_path):

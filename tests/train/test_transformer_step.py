@@ -7,6 +7,7 @@ import optax
 from flax.traverse_util import flatten_dict
 
 from tests import reference as ref
+from tests.sampling.models import random_transformer
 from tests.sampling.test_sampling import class_transformer
 from vqgan_jax.convert import names
 from vqgan_jax.train.optimizers import OptimizerConfig, kernels_only, make_optimizer, make_schedule
@@ -109,3 +110,27 @@ def test_schedules():
         np.float32(1e-3)
     )
     assert jnp.isfinite(rate(1000))
+
+
+def test_a_share_of_the_rows_trains_without_its_condition(monkeypatch):
+    model, params = random_transformer(grid=(4, 4), dropout=0.25)
+    seen = []
+    inner = type(model).logits
+
+    def logits(self, params, condition, *args, **kwargs):
+        jax.debug.callback(lambda c: seen.append(np.asarray(c)), condition)
+        return inner(self, params, condition, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "logits", logits)
+    tx = optax.sgd(0.0)
+    state = TrainState.create(jax.random.key(0), {"transformer": params}, {}, {"transformer": tx.init(params)}, {})
+    step = jax.jit(make_step(model, TransformerObjective(1.0, 0.0), tx, ema_decay=0.0))
+    batch = {"codes/image": np.zeros((64, 4, 4), np.int32), "label": np.arange(64, dtype=np.int32) % 10}
+    for _ in range(4):
+        state, _ = step(state, batch, {})
+    jax.effects_barrier()
+    seen = np.unique(np.stack(seen)[..., 0], axis=0)  # the backward pass may look again
+    null = seen == 10
+    assert len(seen) == 4 and 0.1 < null.mean() < 0.4
+    np.testing.assert_array_equal(np.where(null, 0, seen), np.where(null, 0, batch["label"]))
+    assert (model.layout.vocab_size, model.layout.head_size) == (64 + 11, 64)

@@ -290,6 +290,7 @@ def transformer_model(
         "grid": list(grid),
         "order": _order(settings),
         "shared_vocabulary": True,
+        "condition_dropout": 0.0,
     }
 
 

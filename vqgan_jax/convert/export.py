@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from etils import epath
 from flax.traverse_util import flatten_dict
 
-from vqgan_jax import conditioning
+from vqgan_jax import conditioning, storage
 from vqgan_jax.config import UserError
 from vqgan_jax.convert import detect, names
 from vqgan_jax.convert.reference import PREFIXES, Slot, transformer_slots, vqgan_slots
@@ -34,7 +34,7 @@ class Network:
     arrays: Tree
 
 
-def export_vqgan(path: Path, network: Network) -> None:
+def export_vqgan(path: epath.Path, network: Network) -> None:
     """Writes `path` (.safetensors) and the YAML of the same stem.
 
     Raises:
@@ -43,7 +43,7 @@ def export_vqgan(path: Path, network: Network) -> None:
     _write(path, list(_vqgan_entries(network, "")), _vqgan_section(network))
 
 
-def export_transformer(path: Path, model: ImageTransformer, params: Tree, stages: Mapping[str, Network]) -> None:
+def export_transformer(path: epath.Path, model: ImageTransformer, params: Tree, stages: Mapping[str, Network]) -> None:
     """Writes `path` (.safetensors) with the frozen stages inside, and the YAML of the same stem.
 
     Args:
@@ -70,13 +70,12 @@ def export_transformer(path: Path, model: ImageTransformer, params: Tree, stages
     _write(path, entries, *_transformer_sections(model, stages))
 
 
-def _write(path: Path, entries: list[Entry], model: Tree, data: Tree | None = None) -> None:
+def _write(path: epath.Path, entries: list[Entry], model: Tree, data: Tree | None = None) -> None:
     if path.suffix != ".safetensors":
         raise UserError(f"--out={path}: with --to=torch the name of a .safetensors file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(path, entries)
-        path.with_suffix(".yaml").write_text(yaml.safe_dump({"model": model, **(data or {})}, sort_keys=False))
+        storage.write_text(path.with_suffix(".yaml"), yaml.safe_dump({"model": model, **(data or {})}, sort_keys=False))
     except OSError as error:
         raise UserError(f"--out={path}: cannot be written ({error.strerror or error})") from None
 

@@ -122,6 +122,29 @@ def lpips_key(path: str, prefix: str = "") -> Key:
     return Key(f"{prefix}net.slice{int(stage) + 1}.{layer}.{_LEAF[leaf]}", "conv" if leaf == "kernel" else "same")
 
 
+_NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "variance": "running_var"}
+
+
+def inception_key(path: str) -> Key:
+    """One of the FID Inception's arrays, by the names of pytorch-fid's file ("Mixed_5b.branch1x1.conv.weight")."""
+    if path == "fc":
+        return Key("fc.weight", "linear")
+    module, leaf = path.replace("/", ".").rsplit(".", 1)
+    return Key(f"{module}.conv.weight", "conv") if leaf == "kernel" else Key(f"{module}.bn.{_NORM[leaf]}")
+
+
+def resnet_key(path: str) -> Key:
+    """One of a ResNet's arrays, by torchvision's names ("layer1.0.conv1.weight", "layer1.0.bn1.running_mean")."""
+    module, leaf = path.rsplit("/", 1)
+    if module == "fc":
+        return Key(f"fc.{_LEAF[leaf]}", "linear" if leaf == "kernel" else "same")
+    module = re.sub(r"^(layer\d)_(\d+)/", r"\1.\2.", module)
+    conv, norm = (
+        (f"{module}.0", f"{module}.1") if module.endswith("downsample") else (module, module.replace("conv", "bn"))
+    )
+    return Key(f"{conv}.weight", "conv") if leaf == "kernel" else Key(f"{norm}.{_NORM[leaf]}")
+
+
 def gpt_key(path: str, layer: int | None = None, prefix: str = "") -> Key:
     """One of the transformer's parameters; those under "blocks/" are stacked, one tensor of the reference a layer."""
     top = {

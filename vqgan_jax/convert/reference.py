@@ -6,21 +6,21 @@ Each array of ours is a `Slot` that knows the file's tensors it is made of. What
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vqgan_jax import storage
 from vqgan_jax.config import FORMAT_VERSION, UserError, choose
 from vqgan_jax.convert import detect, names
 from vqgan_jax.convert.settings import Settings, read_settings
@@ -30,7 +30,7 @@ from vqgan_jax.models.quantizers import GumbelConfig
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
 from vqgan_jax.tokenizer import Tokenizer
 from vqgan_jax.torch_files import TensorFile, open_tensors
-from vqgan_jax.train.checkpoints import STAGE_ARRAYS, STAGE_RECORD
+from vqgan_jax.train.portable import STAGE_ARRAYS, STAGE_RECORD
 from vqgan_jax.train.setup import CHECKPOINTS, COND_STAGE, FIRST_STAGE
 from vqgan_jax.transformer import ImageTransformer, TransformerConfig
 
@@ -180,12 +180,12 @@ class Checkpoint:
         self.left_out = self._check_names()
 
     def read(self, folder: str = ROOT) -> dict[str, Any]:
-        """One stage's arrays, as `checkpoints.read_stage` would read them from the working directory."""
+        """One stage's arrays, as `portable.read_stage` would read them from the working directory."""
         flat = {slot.path: slot.read(self.tensors) for slot in self.stages[folder].slots}
         return unflatten_dict(flat, sep="/")
 
-    def write(self, directory: Path) -> None:
-        """Writes every stage in its portable form (see `checkpoints.write_stage`), one tensor in memory at a time.
+    def write(self, directory: epath.Path) -> None:
+        """Writes every stage in its portable form (see `portable.write_stage`), one tensor in memory at a time.
 
         Raises:
           UserError: a run lies there, or it cannot be written.
@@ -195,7 +195,6 @@ class Checkpoint:
         try:
             for name, stage in self.stages.items():
                 folder = directory / name
-                folder.mkdir(parents=True, exist_ok=True)
                 # The record is the commit mark: while the arrays change, there is none.
                 (folder / STAGE_RECORD).unlink(missing_ok=True)
                 entries = [
@@ -203,7 +202,7 @@ class Checkpoint:
                     for slot in stage.slots
                 ]
                 digest = write_safetensors(folder / STAGE_ARRAYS, entries)
-                (folder / STAGE_RECORD).write_text(json.dumps({"record": stage.record, "sha256": digest}, indent=1))
+                storage.write_json(folder / STAGE_RECORD, {"record": stage.record, "sha256": digest})
         except OSError as error:
             raise UserError(f"--out={directory}: cannot be written ({error.strerror or error})") from None
 
@@ -320,7 +319,7 @@ class Checkpoint:
 
 
 @contextlib.contextmanager
-def open_checkpoint(path: str | Path, yaml: str | Path | None = None) -> Iterator[Checkpoint]:
+def open_checkpoint(path: str | os.PathLike, yaml: str | os.PathLike | None = None) -> Iterator[Checkpoint]:
     """Opens a checkpoint of the reference (.ckpt or .safetensors) and finds what model it holds.
 
     Args:
@@ -330,17 +329,15 @@ def open_checkpoint(path: str | Path, yaml: str | Path | None = None) -> Iterato
     Raises:
       UserError: a file that is no such checkpoint, that its YAML contradicts, or that lacks something; one line.
     """
-    path = Path(path)
+    path = storage.path(path)
     with open_tensors(path) as tensors:
-        yield Checkpoint(tensors, read_settings(path, Path(yaml) if yaml else None))
+        yield Checkpoint(tensors, read_settings(path, storage.path(yaml) if yaml else None))
 
 
 def _provenance(tensors: TensorFile) -> dict[str, Any]:
-    with open(tensors.path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     counts = {name: tensors.metadata.get(name) for name in ("epoch", "global_step")}
     counts = {name: value for name, value in counts.items() if type(value) is int}
-    return {"file": tensors.path.name, "sha256": digest, **counts}
+    return {"file": tensors.path.name, "sha256": storage.sha256(tensors.path), **counts}
 
 
 def lpips_entries(tensors: TensorFile) -> list[Entry]:

@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
+from etils import epath
 
 from vqgan_jax.config import UserError
 
@@ -23,8 +23,8 @@ class Settings:
       values: its entries.
     """
 
-    source: Path | None
-    checkpoint: Path
+    source: epath.Path | None
+    checkpoint: epath.Path
     path: str
     values: Mapping[str, Any]
 
@@ -84,7 +84,7 @@ class Settings:
         return str(self.values.get("target", "")).rpartition(".")[2]
 
 
-def read_settings(checkpoint: Path, path: Path | None = None) -> Settings:
+def read_settings(checkpoint: epath.Path, path: epath.Path | None = None) -> Settings:
     """Reads the YAML of a checkpoint: `path`, or else the file of the same stem beside it, or else nothing.
 
     Raises:

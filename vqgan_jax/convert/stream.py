@@ -4,10 +4,12 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
+
+from vqgan_jax import storage
 
 _NAMES = {"float32": "F32", "int64": "I64", "uint8": "U8", "bool": "BOOL"}
 
@@ -26,8 +28,8 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, entries: Sequence[Entry]) -> str:
-    """Writes the file through a temporary one beside it, so that it is whole or not there. Returns its SHA-256.
+def write_safetensors(path: str | os.PathLike, entries: Sequence[Entry]) -> str:
+    """Writes the file, whole or not at all, making its folder where it is missing. Returns its SHA-256.
 
     Raises:
       ValueError: pieces that do not add up to what an entry says.
@@ -39,24 +41,19 @@ def write_safetensors(path: Path, entries: Sequence[Entry]) -> str:
         position = offsets[1]
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest, partial = hashlib.sha256(), path.with_name(f"{path.name}.tmp")
+    digest = hashlib.sha256()
+    with storage.staged(path) as partial, partial.open("wb") as file:
 
-    try:
-        with open(partial, "wb") as file:
+        def put(data: bytes | memoryview) -> None:
+            digest.update(data)
+            file.write(data)
 
-            def put(data: bytes | memoryview) -> None:
-                digest.update(data)
-                file.write(data)
-
-            put(len(text).to_bytes(8, "little"))
-            put(text)
-            for entry in entries:
-                start = file.tell()
-                for piece in entry.pieces():
-                    put(np.ascontiguousarray(piece, entry.dtype).reshape(-1).view(np.uint8).data)
-                if file.tell() - start != entry.nbytes:
-                    raise ValueError(f"{entry.name}: {file.tell() - start} bytes where {entry.nbytes} belong")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        put(len(text).to_bytes(8, "little"))
+        put(text)
+        for entry in entries:
+            start = file.tell()
+            for piece in entry.pieces():
+                put(np.ascontiguousarray(piece, entry.dtype).reshape(-1).view(np.uint8).data)
+            if file.tell() - start != entry.nbytes:
+                raise ValueError(f"{entry.name}: {file.tell() - start} bytes where {entry.nbytes} belong")
     return digest.hexdigest()

@@ -96,7 +96,7 @@ class Encoder(nn.Module):
             if level < len(c.multipliers) - 1:
                 x = Downsample(self.dtype, name=f"level_{level}_downsample")(x)
         x = Middle(c, self.dtype, block, name="middle")(x, train)
-        x = nn.swish(GroupNorm(self.dtype, name="norm_out")(x))
+        x = GroupNorm(self.dtype, swish=True, name="norm_out")(x)
         return Conv(c.z_channels, dtype=self.dtype, name="conv_out")(x)
 
 
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
                     x = AttentionBlock(self.dtype, name=f"level_{level}_attention_{k}")(x)
             if level:
                 x = Upsample(self.dtype, name=f"level_{level}_upsample")(x)
-        features = nn.swish(GroupNorm(self.dtype, name="norm_out")(x))
+        features = GroupNorm(self.dtype, swish=True, name="norm_out")(x)
         x = Conv(c.out_channels * c.stem**2, dtype=self.dtype, name="conv_out")(features)
         return pixel_shuffle(x, c.stem).astype(jnp.float32), features
 

@@ -4,6 +4,8 @@ Letters: b batch, t tokens, d width, n heads, k head dim, f MLP width, v vocabul
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -48,7 +50,11 @@ class Cache:
 
 def init_cache(config: GPTConfig, batch: int, length: int, dtype: Dtype) -> Cache:
     """An empty cache for `batch` sequences of up to `length` tokens."""
-    one = lambda: tuple(jnp.zeros((batch, length, config.width), dtype) for _ in range(config.layers))  # noqa: E731
+
+    def one() -> tuple[jax.Array, ...]:
+        zeros = (jnp.zeros((batch, length, config.width), dtype) for _ in range(config.layers))
+        return tuple(constrain(x, "batch", "length", "heads") for x in zeros)
+
     return Cache(one(), one(), jnp.zeros((), jnp.int32))
 
 
@@ -59,6 +65,66 @@ def attention_mask(attend: Attend, prefix: int, queries: int, keys: int, offset:
         return jnp.ones((queries, keys), bool)
     mask = j <= i
     return mask | ((i < prefix) & (j < prefix)) if attend == "prefix" else mask
+
+
+def attend_many(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    *,
+    heads: int,
+    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+) -> jax.Array:
+    """Attention of many tokens, [b, t, n*k] -> [b, t, n*k], softmax in float32; `mask` is bool [t, s]."""
+    b, t, d = query.shape
+    q, k, v = (a.reshape(b, -1, heads, d // heads) for a in (query, keys, values))
+    scores = jnp.einsum("btnk,bsnk->bnts", q, k, preferred_element_type=jnp.float32) * (d // heads) ** -0.5
+    weights = drop(jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(query.dtype))
+    return jnp.einsum("bnts,bsnk->btnk", weights, v).reshape(b, t, d)
+
+
+def attend_one(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array, heads: int) -> jax.Array:
+    """Attention of one token over a cache that stays folded, [b, n*k] -> [b, n*k].
+
+    Cutting heads out of the cache, as for many queries, copies it on accelerators: the TPU compiler then moves ten
+    times its bytes.
+
+    Args:
+      query: [b, n*k].
+      keys, values: [b, s, n*k].
+      seen: bool [s].
+      heads: n.
+    """
+
+    def by_heads(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> jax.Array:
+        return attend_many(query[:, None], keys, values, seen[None], heads=heads)[:, 0]
+
+    by_sum, by_matrix = (functools.partial(f, heads=heads) for f in (attend_by_sum, attend_by_matrix))
+    return jax.lax.platform_dependent(
+        query, keys, values, seen, tpu=by_matrix, cuda=by_sum, rocm=by_sum, default=by_heads
+    )
+
+
+def attend_by_matrix(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array, *, heads: int) -> jax.Array:
+    """`attend_one` where a head's dimensions are summed up, and spread over, by a matrix of zeros and ones."""
+    by_head = jnp.repeat(jnp.eye(heads, dtype=keys.dtype), query.shape[-1] // heads, axis=0)  # [n*k, n]
+    scores = jnp.einsum("bsd,dn->bsn", query[:, None] * keys, by_head, preferred_element_type=jnp.float32)
+    weights = _weigh(scores, query, seen).astype(keys.dtype)
+    weights = jnp.einsum("bsn,dn->bsd", weights, by_head, preferred_element_type=jnp.float32)
+    return (weights * values).sum(1).astype(query.dtype)
+
+
+def attend_by_sum(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array, *, heads: int) -> jax.Array:
+    """`attend_one` as sums over axes: what a GPU fuses into one pass over the keys and one over the values."""
+    q, k, v = (a.astype(jnp.float32).reshape(*a.shape[:-1], heads, -1) for a in (query, keys, values))
+    weights = _weigh((q[:, None] * k).sum(-1), query, seen)
+    return (weights[..., None] * v).sum(1).reshape(query.shape).astype(query.dtype)
+
+
+def _weigh(scores_bsn: jax.Array, query: jax.Array, seen: jax.Array) -> jax.Array:
+    scale = (query.shape[-1] // scores_bsn.shape[-1]) ** -0.5
+    return jax.nn.softmax(jnp.where(seen[:, None], scores_bsn * scale, -jnp.inf), axis=1)
 
 
 class Attention(nn.Module):
@@ -79,7 +145,7 @@ class Attention(nn.Module):
             return inputs @ kernel.astype(self.dtype) + bias.astype(self.dtype)
 
         query, key, value = (project(name, x_btd, ("width", "heads")) for name in ("query", "key", "value"))
-        b, t, _ = query.shape
+        t = query.shape[1]
         offset = 0
         if cache is not None:
             keys, values, offset = cache
@@ -87,12 +153,12 @@ class Attention(nn.Module):
             values = jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), offset, axis=1)
             cache = (keys, values)
             key, value = (a[:, :span].astype(self.dtype) for a in (keys, values))
-        q, k, v = (a.reshape(b, -1, n, d // n) for a in (query, key, value))
-        mask = attention_mask(attend, c.prefix, t, k.shape[1], offset)
-        scores = jnp.einsum("btnk,bsnk->bnts", q, k, preferred_element_type=jnp.float32) * (d // n) ** -0.5
-        weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(self.dtype)
-        weights = nn.Dropout(c.attention_dropout, deterministic=not train)(weights)
-        y_btd = jnp.einsum("bnts,bsnk->btnk", weights, v).reshape(b, t, d)
+        mask = attention_mask(attend, c.prefix, t, key.shape[1], offset)
+        if cache is not None and t == 1:
+            y_btd = attend_one(query[:, 0], key, value, mask[0], n)[:, None]
+        else:
+            drop = nn.Dropout(c.attention_dropout, deterministic=not train)
+            y_btd = attend_many(query, key, value, mask, heads=n, drop=drop)
         return project("out", y_btd, ("heads", "width")), cache
 
 
@@ -177,7 +243,7 @@ class GPT(nn.Module):
           cache: keys and values of the tokens before; only without scan_layers.
           span: static number of cache positions to attend over (all by default); must cover length + t.
           last: logits of the last so many tokens only (all by default).
-          at: logits of the token at this (traced) index only.
+          at: logits of the token at this (traced) index only, one for all rows or one a row [b].
           train: dropout on.
 
         Returns:
@@ -213,7 +279,7 @@ class GPT(nn.Module):
             if cache is not None:
                 cache = Cache(tuple(keys), tuple(values), cache.length + ids_bt.shape[1])
         if at is not None:
-            x = jax.lax.dynamic_slice_in_dim(x, at, 1, axis=1)
+            x = jnp.take_along_axis(x, jnp.broadcast_to(at, x.shape[:1])[:, None, None], axis=1)
         elif last is not None:
             x = x[:, -last:]
         x = layer_norm(self.dtype, "norm_out")(x)
@@ -222,8 +288,23 @@ class GPT(nn.Module):
         return logits, cache
 
 
-def split_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """Parameters of a scanned GPT (arrays stacked over layers) as those of an unrolled one. Call it once."""
+def split_layers(params: dict[str, Any], dtype: Dtype | None = None) -> dict[str, Any]:
+    """Parameters of a scanned GPT (arrays stacked over layers) as those of an unrolled one. Call it once.
+
+    With a dtype, what is cast to it at use anyway (all but the norms) is cast now: sampling reads every weight at every
+    token, so float32 weights would cost a bfloat16 sampler twice the time.
+    """
     rest = {name: value for name, value in params.items() if name != "blocks"}
     layers = jax.tree.leaves(params["blocks"])[0].shape[0]
-    return rest | {f"block_{i}": jax.tree.map(lambda x: x[i], params["blocks"]) for i in range(layers)}  # noqa: B023
+    split = rest | {f"block_{i}": jax.tree.map(lambda x: x[i], params["blocks"]) for i in range(layers)}  # noqa: B023
+
+    return split if dtype is None else cast_weights(split, dtype)
+
+
+def cast_weights(params: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
+    """Parameters with all but the norms, which are used in float32, in another dtype."""
+
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return x if "norm" in jax.tree_util.keystr(path) else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)

@@ -1,4 +1,4 @@
-"""Convolution layers of the autoencoder and the discriminators, initialised as PyTorch initialises them.
+"""Convolution layers of the autoencoder, the discriminators (initialised as PyTorch does it) and frozen classifiers.
 
 Layers follow the reference's `diffusionmodules/model.py` (Appendix, Table 7 of arXiv 2012.09841).
 """
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
+GROUPS, EPSILON = 32, 1e-6  # of GroupNorm
 
 
 def torch_uniform(fan_in: int) -> Initializer:
@@ -48,18 +49,49 @@ class Conv(nn.Module):
         return y
 
 
-class GroupNorm(nn.Module):
-    """32 groups, epsilon 1e-6, statistics in float32: the norm of the reference's autoencoder."""
+class ConvNorm(nn.Module):
+    """Convolution without bias, batch norm by its running statistics, ReLU: [b, h, w, c] -> [b, h', w', features].
 
-    dtype: Dtype = jnp.float32
+    The layer of frozen classifiers, in float32 and full precision on every platform. All its arrays are parameters.
+    """
+
+    features: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padded: bool = True
+    epsilon: float = 1e-5
+    relu: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        if x.shape[-1] % 32:
-            raise ValueError(f"{x.shape[-1]} channels are no multiple of GroupNorm's 32 groups")
-        norm = nn.GroupNorm(num_groups=32, epsilon=1e-6, use_fast_variance=False, dtype=self.dtype, name="norm")
+        kernel = self.param("kernel", nn.initializers.he_normal(), (*self.kernel, x.shape[-1], self.features))
+        scale, variance = (self.param(name, nn.initializers.ones, (self.features,)) for name in ("scale", "variance"))
+        bias, mean = (self.param(name, nn.initializers.zeros, (self.features,)) for name in ("bias", "mean"))
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.stride, self.stride),
+            [(size // 2 if self.padded else 0,) * 2 for size in self.kernel],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        y = (y - mean) * (scale * jax.lax.rsqrt(variance + self.epsilon)) + bias
+        return nn.relu(y) if self.relu else y
+
+
+class GroupNorm(nn.Module):
+    """32 groups, epsilon 1e-6, statistics in float32: the norm of the reference's autoencoder; with swish after it."""
+
+    dtype: Dtype = jnp.float32
+    swish: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if x.shape[-1] % GROUPS:
+            raise ValueError(f"{x.shape[-1]} channels are no multiple of GroupNorm's {GROUPS} groups")
+        norm = nn.GroupNorm(num_groups=GROUPS, epsilon=EPSILON, use_fast_variance=False, dtype=self.dtype, name="norm")
         nn.share_scope(self, norm)
-        return norm(x)
+        return nn.swish(norm(x)) if self.swish else norm(x)
 
 
 class ResnetBlock(nn.Module):
@@ -71,9 +103,9 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        h = nn.swish(GroupNorm(self.dtype, name="norm1")(x))
+        h = GroupNorm(self.dtype, swish=True, name="norm1")(x)
         h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
-        h = nn.swish(GroupNorm(self.dtype, name="norm2")(h))
+        h = GroupNorm(self.dtype, swish=True, name="norm2")(h)
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = Conv(self.features, dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.features:

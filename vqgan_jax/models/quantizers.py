@@ -243,12 +243,12 @@ class GumbelQuantizer(_Sizes, nn.Module):
 
 QuantizerConfig = VQConfig | EMAConfig | GumbelConfig
 CONFIGS: dict[str, type[Any]] = {"vq": VQConfig, "ema": EMAConfig, "gumbel": GumbelConfig}
-_MODULES = {VQConfig: VectorQuantizer, EMAConfig: EMAVectorQuantizer, GumbelConfig: GumbelQuantizer}
+MODULES = {VQConfig: VectorQuantizer, EMAConfig: EMAVectorQuantizer, GumbelConfig: GumbelQuantizer}
 
 
 def make_quantizer(config: QuantizerConfig, name: str) -> Quantizer:
     """The module of a quantizer's hyper-parameters, under the given parameter name."""
-    return _MODULES[type(config)](config, name=name)
+    return MODULES[type(config)](config, name=name)
 
 
 def apply_restart(params: dict[str, Any], restart: tuple[jax.Array, jax.Array]) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from vqgan_jax import pretrained
+from etils import epath
+
+from vqgan_jax import pretrained, storage
 from vqgan_jax.config import UserError
 from vqgan_jax.convert import export, reference
 from vqgan_jax.convert.stream import write_safetensors
@@ -25,16 +26,16 @@ def import_checkpoint(checkpoint: str, yaml: str | None, out: str, lpips_out: st
     Raises:
       UserError: see `reference.open_checkpoint`.
     """
-    if Path(checkpoint).is_dir():
+    if storage.path(checkpoint).is_dir():
         raise UserError(f"--checkpoint={checkpoint}: is a folder; to write it as a file for PyTorch add --to=torch")
     with reference.open_checkpoint(checkpoint, yaml) as opened:
         lpips = reference.lpips_entries(opened.tensors) if lpips_out else []
-        opened.write(Path(out))
+        opened.write(storage.path(out))
         print(opened.table())
         print(f"wrote {out}: {USES[opened.kind].format(out=out)}")
         if lpips_out:
             try:
-                write_safetensors(Path(lpips_out), lpips)
+                write_safetensors(storage.path(lpips_out), lpips)
             except OSError as error:
                 raise UserError(f"--lpips_out={lpips_out}: cannot be written ({error.strerror or error})") from None
             print(f"wrote {lpips_out}: use it with --config.lpips.vgg={lpips_out} --config.lpips.heads={lpips_out}")
@@ -46,7 +47,7 @@ def export_workdir(workdir: str, out: str) -> None:
     Raises:
       UserError: no model there, or one that the reference cannot express.
     """
-    path, target = Path(workdir), Path(out)
+    path, target = storage.path(workdir), storage.path(out)
     if path.is_file():
         raise UserError(f"--checkpoint={workdir}: is a file; --to=torch takes a working directory or an imported one")
     folders = {name: path / name for name in (FIRST_STAGE, COND_STAGE) if (path / name).exists()}
@@ -59,7 +60,7 @@ def export_workdir(workdir: str, out: str) -> None:
     print(f"wrote {target} and {target.with_suffix('.yaml')}")
 
 
-def _network(path: Path) -> export.Network:
+def _network(path: epath.Path) -> export.Network:
     """A VQGAN with its EMA parameters as the parameters, and its discriminator where it has one."""
     tokenizer, _, trained = pretrained.load_tokenizer(path, key="--checkpoint")
     arrays = {"params": {**trained.params, **trained.ema}, "collections": trained.collections}

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import vqgan_jax
 from vqgan_jax import cli
 from vqgan_jax.config import UserError
-from vqgan_jax.tools import report
+from vqgan_jax.tools import page, report
 from vqgan_jax.train.loop import PREEMPTED
 from vqgan_jax.train.metric_writer import JSON_LINES
 
@@ -130,7 +130,7 @@ def run_demo(out: str | Path, *, run: Runner, clock: Callable[[], float] = time.
     print(f"[{total}/{total}] write the page ({_clock(clock() - start)} elapsed)", flush=True)
     join_metrics(folder)
     summary = summarise(folder)
-    report.write_page(folder / "index.html", title="vqgan_jax demo", **report.gather([folder]))
+    page.write_page(folder / "index.html", title="vqgan_jax demo", **report.gather([folder]))
     print(f"{Path(out) / 'index.html'}: open it in a browser ({_clock(clock() - start)} in all)", flush=True)
     return summary
 
@@ -184,7 +184,9 @@ def summarise(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: missing, though evaluate.py ended well")
     scores = json.loads(path.read_text())
     seconds = sum(entry["seconds"] for entry in json.loads((folder / report.COMMANDS).read_text()))
-    summary = {name: value for name, value in scores.items() if name != "workdir"} | {"seconds": round(seconds, 1)}
+    summary = {name: value for name, value in scores.items() if name not in ("workdir", "definition")} | {
+        "seconds": round(seconds, 1)
+    }
     _write(folder / report.SUMMARY, json.dumps(summary, indent=1) + "\n")
     return summary
 

@@ -1,35 +1,33 @@
 """Checkpoints that are whole or not there: Orbax writes them, a manifest of SHA-256 a file vouches for them.
 
 Orbax restores a file with a flipped byte without a word, and casts dtypes without one. So nothing is restored here that
-its manifest does not verify, and trees are compared before they are read. Also the portable form of a trained stage.
+its manifest does not verify, and trees are compared before they are read. In a bucket Orbax writes where the
+checkpoint stays, and the manifest, written last, is what makes it one.
 """
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from flax import traverse_util
 from jax.experimental import multihost_utils
-from safetensors.numpy import load_file, save_file
 
+from vqgan_jax import storage
 from vqgan_jax.config import UserError, choose, suggest
 
 State = TypeVar("State")
 Record = dict[str, Any]
 
 MANIFEST = "manifest.json"
-STAGE_ARRAYS, STAGE_RECORD = "params.safetensors", "stage.json"
 _UNSEALED = "it has no manifest: the run was killed during the save"
 _NOTHING, _ALL_DAMAGED = -1, -2
 _logger = logging.getLogger(__name__)
@@ -45,7 +43,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: str | Path,
+        directory: str | os.PathLike,
         *,
         keep_last: int,
         keep_best: int,
@@ -70,14 +68,9 @@ class Checkpoints:
             raise UserError(f"config.checkpoint.keep_last: {keep_last} would keep nothing, write 1 or more")
         if keep_best and not best_metric:
             raise UserError("config.checkpoint.keep_best: name the metric in config.checkpoint.best_metric, or write 0")
-        self.directory = _absolute(directory)
-        probe = self.directory / f".writable.{jax.process_index()}"
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"--workdir {directory}: cannot write there ({error.strerror or error})") from None
+        self.directory = storage.absolute(directory)
+        if not storage.is_remote(directory):  # in a bucket a proof that comes and goes would confuse other hosts' lists
+            storage.make_folder(self.directory, f"--workdir={directory}")
         self._ranking = {"best_metric": best_metric, "best_mode": best_mode}
         self._keep = _Keep(keep_last, keep_best, _manifests(self.directory))
         options = ocp.CheckpointManagerOptions(preservation_policy=self._keep, cleanup_tmp_directories=True)
@@ -203,7 +196,7 @@ class Checkpoints:
 
     def _sealed(self) -> None:
         (step, job), self._sealing = self._sealing, None
-        with self._reported(step, OSError):
+        with self._reported(step, Exception):
             job.result()
 
     def _newest_whole(self) -> int | None:
@@ -228,7 +221,7 @@ class Checkpoints:
 
 
 def load(
-    directory: str | Path, *, step: int | None = None, best: bool = False, only: Sequence[str] = ()
+    directory: str | os.PathLike, *, step: int | None = None, best: bool = False, only: Sequence[str] = ()
 ) -> tuple[dict[str, Any], Record]:
     """Reads a verified checkpoint without knowing the state's type: for inference.
 
@@ -244,7 +237,7 @@ def load(
     Raises:
       UserError: no such checkpoint, all candidates are damaged, or an entry of `only` is unknown.
     """
-    directory = _absolute(directory)
+    directory = storage.absolute(directory)
     steps = _steps(directory)
     if step is not None and step not in steps:
         raise UserError(f"{directory}: no checkpoint of step {step}{suggest(str(step), map(str, steps))}")
@@ -274,46 +267,6 @@ def load(
         return arrays, reader.restore(folder / "record")
 
 
-def write_stage(directory: str | Path, arrays: Mapping[str, Any], record: Record) -> None:
-    """Writes a trained stage in its portable form: `params.safetensors` and `stage.json`, the record and the hash.
-
-    Args:
-      directory: made where it is missing; a stage that lies there is replaced.
-      arrays: nested dict of arrays; nested names are joined as "a/b/c", so no name may hold a slash.
-      record: plain JSON data.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    for path in traverse_util.flatten_dict(arrays):
-        if any("/" in name for name in path):
-            raise ValueError(f"a name of a stage's array may not hold a slash: {path}")
-    flat = traverse_util.flatten_dict(arrays, sep="/")
-    # The record is the commit mark: while the arrays change, there is none.
-    (directory / STAGE_RECORD).unlink(missing_ok=True)
-    partial = directory / f"{STAGE_ARRAYS}.tmp"
-    save_file({name: np.asarray(array, order="C") for name, array in flat.items()}, partial)
-    digest = _sha256(epath.Path(partial))
-    partial.replace(directory / STAGE_ARRAYS)
-    _write_json(epath.Path(directory) / STAGE_RECORD, {"record": record, "sha256": digest})
-
-
-def read_stage(directory: str | Path) -> tuple[dict[str, Any], Record]:
-    """Reads what `write_stage` wrote: (nested dict of numpy arrays, record).
-
-    Raises:
-      UserError: the stage is missing, or its arrays are not those that were written.
-    """
-    directory = epath.Path(directory)
-    try:
-        stage = json.loads((directory / STAGE_RECORD).read_text())
-        digest = _sha256(directory / STAGE_ARRAYS)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: no whole stage there ({_first_line(error)})") from None
-    if digest != stage["sha256"]:
-        raise UserError(f"{directory / STAGE_ARRAYS}: damaged, its SHA-256 is not the one in {STAGE_RECORD}")
-    return traverse_util.unflatten_dict(load_file(directory / STAGE_ARRAYS), sep="/"), stage["record"]
-
-
 @dataclasses.dataclass
 class _Keep:
     """Which steps stay: Orbax's preservation policy, asked at each save, when the new step has no manifest yet."""
@@ -339,15 +292,11 @@ def _best_first(manifests: Mapping[int, Mapping[str, Any]]) -> list[int]:
     return sorted(scores, key=lambda step: (scores[step], -step))
 
 
-def _absolute(directory: str | Path) -> epath.Path:
-    """Orbax refuses relative paths; a bucket's are absolute as they stand."""
-    return epath.Path(directory if "://" in str(directory) else Path(directory).absolute())
-
-
 def _steps(directory: epath.Path) -> list[int]:
-    if not directory.exists():
+    try:
+        return sorted(int(folder.name) for folder in directory.iterdir() if folder.name.isdigit())
+    except FileNotFoundError:
         return []
-    return sorted(int(folder.name) for folder in directory.iterdir() if folder.name.isdigit())
 
 
 def _manifests(directory: epath.Path) -> dict[int, dict[str, Any]]:
@@ -361,17 +310,12 @@ def _manifests(directory: epath.Path) -> dict[int, dict[str, Any]]:
     return found
 
 
-def _sha256(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _write_manifest(folder: epath.Path, manifest: dict[str, Any]) -> None:
-    files = sorted(parent / name for parent, _, names in folder.walk() for name in names)
+    files = storage.files(folder)
     with ThreadPoolExecutor(4) as pool:  # hashing frees the interpreter lock
-        digests = pool.map(_sha256, files)
+        digests = pool.map(storage.sha256, files)
         named = {path.relative_to(folder).as_posix(): digest for path, digest in zip(files, digests, strict=True)}
-    _write_json(folder / MANIFEST, {**manifest, "files": named})
+    storage.write_json(folder / MANIFEST, {**manifest, "files": named})
 
 
 def _fault(folder: epath.Path) -> str:
@@ -385,9 +329,12 @@ def _fault(folder: epath.Path) -> str:
 
     def check(name: str) -> str:
         try:
-            return "" if _sha256(folder / name) == files[name] else f"{name} has changed since it was written"
+            return "" if storage.sha256(folder / name) == files[name] else f"{name} has changed since it was written"
         except OSError as error:
-            return f"{name} cannot be read ({error.strerror or error})"
+            # A disk that cannot be read has lost the file; a bucket that does not answer has not.
+            if storage.is_remote(folder) and not isinstance(error, FileNotFoundError):
+                raise UserError(f"{folder / name}: cannot be read ({_first_line(error)})") from error
+            return f"{name} cannot be read ({error.strerror or _first_line(error)})"
 
     with ThreadPoolExecutor(4) as pool:
         return next(filter(None, pool.map(check, files)), "")
@@ -422,13 +369,6 @@ def _check_tree(folder: epath.Path, abstract_state: Any) -> None:
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise UserError(f"{folder}: does not fit this config: {'; '.join(found[:5])}{more}")
-
-
-def _write_json(path: epath.Path, value: Any) -> None:
-    """Writes through a temporary file and a rename, so that the file is whole or not there."""
-    partial = path.parent / f"{path.name}.tmp"
-    partial.write_text(json.dumps(value, indent=1))
-    partial.replace(path)
 
 
 def _first_line(error: BaseException) -> str:

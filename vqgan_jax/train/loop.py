@@ -9,21 +9,23 @@ import dataclasses
 import datetime
 import logging
 import math
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from vqgan_jax import storage
 from vqgan_jax.config import UserError
 from vqgan_jax.images import save_png
 from vqgan_jax.train.checkpoints import Checkpoints
@@ -45,6 +47,7 @@ class Schedule:
     evaluate: int
     save: int
     images: int
+    score: int = 0
 
     def due(self, every: int, step: int) -> bool:
         """Whether what is done every `every` steps is done after `step` completed steps."""
@@ -71,10 +74,12 @@ def train(
     writer: MetricWriter,
     record: Mapping[str, Any],
     start_step: int,
-    workdir: str | Path,
+    start_examples: int,
+    workdir: str | os.PathLike,
     nonfinite_budget: int,
     examples_per_step: int,
     evaluate: Callable[[State, int], Mapping[str, float]] | None = None,
+    score: Callable[[State, int], Mapping[str, float]] | None = None,
     draw: Callable[[State, int], Mapping[str, np.ndarray]] | None = None,
     units: Mapping[str, float] = MappingProxyType({}),
     headline: Sequence[str] = (),
@@ -93,12 +98,14 @@ def train(
       schedule: when what is done.
       checkpoints: where to save; open.
       writer: where metrics and pictures go; cut back to `start_step`.
-      record: JSON data saved with each checkpoint, to which `step` is added.
+      record: JSON data saved with each checkpoint, to which `step` and `examples`, those seen by then, are added.
       start_step: completed steps of `state`.
+      start_examples: examples that these steps have seen.
       workdir: pictures go to images/NAME_STEP.png, refused batches to nonfinite/, traces to profile/.
       nonfinite_budget: how many steps may be skipped in the whole run.
-      examples_per_step: for `images/s`.
+      examples_per_step: of all hosts together.
       evaluate: (state, step) -> scalars, logged as val/NAME; those at a save's step choose the best checkpoint.
+      score: the same on a schedule of its own, for what takes longer.
       draw: (state, step) -> pictures by name, uint8 [h, w, c].
       units: further rates, such as {"tokens/s": 2048}, by their amount a step.
       headline: metrics to show beside the progress; without them up to three whose names hold "loss".
@@ -112,7 +119,7 @@ def train(
         batches.close()
         _say(f"already finished: {start_step} of {schedule.total} steps are done")
         return state
-    workdir = Path(workdir)
+    workdir = storage.path(workdir)
     rates = {"images/s": examples_per_step, **units}
     skipped = int(jax.device_get(getattr(state, "skipped", 0)))
     with contextlib.ExitStack() as stack:
@@ -129,21 +136,25 @@ def train(
             stopping = stop.requested(step) and step < schedule.total
             fresh = step > start_step
             evaluating = fresh and not stopping and evaluate is not None and schedule.due(schedule.evaluate, step)
+            scoring = fresh and not stopping and score is not None and schedule.due(schedule.score, step)
             drawing = fresh and not stopping and draw is not None and schedule.due(schedule.images, step)
             saving = fresh and schedule.save > 0 and (stopping or schedule.due(schedule.save, step))
-            if evaluating or drawing or saving or stopping or step == schedule.total:
+            if evaluating or scoring or drawing or saving or stopping or step == schedule.total:
                 report.settle()  # a checkpoint of step s promises that the logs hold step s
-            scalars = None
-            if evaluating:
-                scalars = {f"val/{name.removeprefix('val/')}": float(v) for name, v in evaluate(state, step).items()}
+            found = {**(evaluate(state, step) if evaluating else {}), **(score(state, step) if scoring else {})}
+            scalars = {f"val/{name.removeprefix('val/')}": float(value) for name, value in found.items()}
+            if scalars:
                 writer.write_scalars(step, scalars)
                 progress.say(f"step {step}: {_line(scalars)}")
             if drawing:
                 _draw(draw(state, step), step, writer, workdir)
             if saving:
                 writer.flush()
-                checkpoints.save(step, state, {**record, "step": step}, scalars)
-            if evaluating or drawing or saving:
+                examples = start_examples + (step - start_step) * examples_per_step
+                checkpoints.save(
+                    step, state, {**record, "step": step, "examples": examples}, scalars if evaluating else None
+                )
+            if evaluating or scoring or drawing or saving:
                 report.restart_clock()
             if step == schedule.total:
                 break
@@ -152,7 +163,8 @@ def train(
                 progress.say(f"preempted at step {step}: {'saved' if saving else 'nothing to save'}")
                 raise SystemExit(PREEMPTED)
             if profile is not None and step == profile[0]:
-                trace.enter_context(jax.profiler.trace(str(workdir / "profile")))
+                folder = trace.enter_context(storage.staged_folder(workdir / "profile"))
+                trace.enter_context(jax.profiler.trace(str(folder)))
             if profile is not None and step == profile[1]:
                 report.settle()
                 trace.close()
@@ -174,7 +186,7 @@ class _Report:
         progress: "_Progress",
         schedule: Schedule,
         rates: Mapping[str, float],
-        workdir: Path,
+        workdir: epath.Path,
         budget: int,
         skipped: int,
     ):
@@ -238,8 +250,7 @@ class _Report:
             return
         suffix = "" if jax.process_count() == 1 else f"_host{jax.process_index()}"
         path = self._workdir / "nonfinite" / f"step_{step:08d}{suffix}.npz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **{name: _local_rows(array) for name, array in batch.items()})
+        storage.save_npz(path, **{name: _local_rows(array) for name, array in batch.items()})
         raise UserError(
             f"step {step} was not finite ({terms}), and config.nonfinite_budget allows {self._budget} such steps: "
             f"its batch is in {path}"
@@ -320,7 +331,7 @@ class _StopRequest:
             signal.signal(number, self._previous[number])
 
 
-def _draw(pictures: Mapping[str, np.ndarray], step: int, writer: MetricWriter, workdir: Path) -> None:
+def _draw(pictures: Mapping[str, np.ndarray], step: int, writer: MetricWriter, workdir: epath.Path) -> None:
     writer.write_images(step, {name: picture[None] for name, picture in pictures.items()})
     if jax.process_index() == 0:
         for name, picture in pictures.items():

@@ -11,17 +11,21 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from tensorboardX import summary
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
+from vqgan_jax import storage
+
 JSON_LINES, TENSORBOARD, CLU = "metrics.jsonl", "tensorboard", "clu"
 _EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)")
+_PART_BYTES = 1 << 24
+_FLUSH_SECONDS = 60.0
 _logger = logging.getLogger(__name__)
 
 
@@ -30,6 +34,7 @@ class MetricWriter:
 
     def __init__(self, sinks: Sequence[Any]):
         self._sinks = tuple(sinks)
+        self._flushed = time.monotonic()
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Numbers after `step` completed steps; they may be NaN or infinite."""
@@ -59,12 +64,15 @@ class MetricWriter:
         self._each("write_histograms", step, arrays, buckets)
 
     def flush(self) -> None:
-        """Puts everything written so far on disk."""
-        self._each("flush")
+        """Puts everything written so far on disk, or in the bucket; done unasked about once a minute."""
+        self._flushed = time.monotonic()
+        for sink in self._sinks:
+            sink.flush()
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._each("close")
+        for sink in self._sinks:
+            sink.close()
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -75,9 +83,11 @@ class MetricWriter:
     def _each(self, method: str, *args: Any) -> None:
         for sink in self._sinks:
             getattr(sink, method)(*args)
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
 
 
-def open_writer(workdir: str | Path, *, resume_step: int, hand_to_clu: bool = False) -> MetricWriter:
+def open_writer(workdir: str | os.PathLike, *, resume_step: int, hand_to_clu: bool = False) -> MetricWriter:
     """Opens the logs of a run and cuts them back to `resume_step`; on processes other than 0 a writer of nothing.
 
     Args:
@@ -87,8 +97,7 @@ def open_writer(workdir: str | Path, *, resume_step: int, hand_to_clu: bool = Fa
     """
     if jax.process_index() != 0:
         return MetricWriter(())
-    workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = storage.path(workdir)
     sinks = [
         _JsonLines(workdir / JSON_LINES, resume_step),
         _TensorBoard(workdir / TENSORBOARD, resume_step),
@@ -124,13 +133,13 @@ class _Silent:
 class _JsonLines(_Silent):
     """One JSON object a line: {"step", "time" (seconds since 1970), names...}; "nan", "inf", "-inf" are strings."""
 
-    def __init__(self, path: Path, resume_step: int):
-        if path.exists():
-            kept = [line + b"\n" for line in path.read_bytes().splitlines() if _stays(line, resume_step)]
-            partial = path.with_suffix(".tmp")
-            partial.write_bytes(b"".join(kept))
-            partial.replace(path)
-        self._file = path.open("a")
+    def __init__(self, path: epath.Path, resume_step: int):
+        self._mirror = storage.Mirror(path)
+        log = self._mirror.local
+        if log.exists():
+            kept = [line + b"\n" for line in log.read_bytes().splitlines() if _stays(line, resume_step)]
+            storage.write_bytes(log, b"".join(kept))
+        self._file = log.open("a")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         self._write(step, {name: value if math.isfinite(value) else str(value) for name, value in scalars.items()})
@@ -141,9 +150,11 @@ class _JsonLines(_Silent):
     def flush(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
+        self._mirror.push()
 
     def close(self) -> None:
         self._file.close()
+        self._mirror.close()
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}, allow_nan=False) + "\n")
@@ -161,15 +172,16 @@ def _stays(line: bytes, resume_step: int) -> bool:
 class _TensorBoard(_Silent):
     """Event files, one a start of the run, numbered so that TensorBoard reads them in order on any clock.
 
-    A start is marked in the file: every reader of TensorBoard then drops what older files hold from that step on.
+    A bucket takes whole files only, so that a long file would be uploaded again and again: there a further one is begun
+    once a file is large. A start is marked in the file: every reader of TensorBoard then drops what older files hold
+    from that step on.
     """
 
-    def __init__(self, folder: Path, resume_step: int):
-        folder.mkdir(exist_ok=True)
-        taken = [int(match[1]) for path in folder.iterdir() if (match := _EVENT_FILE.fullmatch(path.name))]
-        self._records = RecordWriter(str(folder / f"events.out.tfevents.{max(taken, default=0) + 1:06d}"))
+    def __init__(self, folder: epath.Path, resume_step: int):
+        taken = [int(match[1]) for path in storage.files(folder) if (match := _EVENT_FILE.fullmatch(path.name))]
+        self._folder, self._number = folder, max(taken, default=0)
         self._resumed = resume_step > 0
-        self._write(event_pb2.Event(file_version="brain.Event:2"))
+        self._next_file()
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(event_pb2.Event(step=resume_step + 1 if self._resumed else 0, session_log=start))
 
@@ -199,10 +211,24 @@ class _TensorBoard(_Silent):
 
     def flush(self) -> None:
         self._records.flush()
+        self._mirror.push()
+        if self._mirror.remote and self._mirror.local.stat().st_size > _PART_BYTES:
+            self._close_file()
+            self._next_file()
 
     def close(self) -> None:
+        self._close_file()
+
+    def _next_file(self) -> None:
+        self._number += 1
+        self._mirror = storage.Mirror(self._folder / f"events.out.tfevents.{self._number:06d}")
+        self._records = RecordWriter(str(self._mirror.local))
+        self._write(event_pb2.Event(file_version="brain.Event:2"))
+
+    def _close_file(self) -> None:
         self._records.flush()
         self._records.close()
+        self._mirror.close()
 
     def _summary(self, step: int, value: Any) -> None:
         self._write(event_pb2.Event(step=step, summary=value))

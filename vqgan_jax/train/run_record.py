@@ -1,7 +1,7 @@
 """What ran: the config, the command, the source's revision and changes, and the versions, written at every start."""
 
 import importlib.metadata
-import json
+import os
 import platform
 import subprocess
 import sys
@@ -12,13 +12,14 @@ from typing import Any
 import jax
 
 import vqgan_jax
+from vqgan_jax import storage
 from vqgan_jax.config import plain
 
 MAX_DIFF_BYTES = 1 << 20
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def write_run_record(workdir: str | Path, config: Mapping[str, Any]) -> None:
+def write_run_record(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
     """Writes workdir/config.json, workdir/run/<k>.json and, where the source was changed, workdir/run/<k>.diff.
 
     k counts the starts from 0. Processes other than 0 write nothing. The host's name is left out on purpose.
@@ -29,13 +30,12 @@ def write_run_record(workdir: str | Path, config: Mapping[str, Any]) -> None:
     """
     if jax.process_index() != 0:
         return
-    runs = Path(workdir) / "run"
-    runs.mkdir(parents=True, exist_ok=True)
-    _write_json(Path(workdir) / "config.json", plain(config))
-    start = len(list(runs.glob("*.json")))
+    runs = storage.path(workdir) / "run"
+    storage.write_json(storage.path(workdir) / "config.json", plain(config))
+    start = sum(file.suffix == ".json" for file in storage.files(runs))
     git, diff = git_state(Path(vqgan_jax.__file__).resolve().parent.parent)
     if diff:
-        (runs / f"{start}.diff").write_bytes(diff)
+        storage.write_bytes(runs / f"{start}.diff", diff)
     versions = {"python": platform.python_version(), "vqgan_jax": vqgan_jax.__version__}
     devices = jax.devices()
     record = {
@@ -49,7 +49,7 @@ def write_run_record(workdir: str | Path, config: Mapping[str, Any]) -> None:
             "processes": jax.process_count(),
         },
     }
-    _write_json(runs / f"{start}.json", record)
+    storage.write_json(runs / f"{start}.json", record)
 
 
 def git_state(root: Path) -> tuple[dict[str, Any] | str, bytes]:
@@ -74,9 +74,3 @@ def git_state(root: Path) -> tuple[dict[str, Any] | str, bytes]:
         return "no git", b""
     state = {"revision": revision, "dirty": dirty, "diff_truncated": len(diff) > MAX_DIFF_BYTES}
     return state, diff[:MAX_DIFF_BYTES]
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)

@@ -4,12 +4,12 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -24,6 +24,7 @@ from vqgan_jax.config import (
     suggest,
     to_dataclass,
     upgrade,
+    upgrade_model,
 )
 from vqgan_jax.data.pipeline import DevicePrefetch, Evaluation, evaluation, pipeline, prefetch_to_device
 from vqgan_jax.data.sources import Source, open_source
@@ -44,8 +45,8 @@ class Data:
 
     train: Source
     val: Source
-    train_transform: Transform
-    val_transform: Transform
+    train_transform: Callable[..., Any]
+    val_transform: Callable[..., Any]
 
 
 def open_data(config: ConfigDict, keys: Sequence[str], *, factor: int, classes: int = 0) -> Data:
@@ -98,9 +99,8 @@ class Durations:
 
     def schedule(self, config: ConfigDict) -> Schedule:
         """The loop's schedule."""
-        every = {name: f"{name}_every" for name in ("log", "eval", "save", "images")}
-        log, evaluate, save, images = (self.steps(config[key], f"config.{key}", at_least=1) for key in every.values())
-        return Schedule(self.total, log, evaluate, save, images)
+        keys = (f"{name}_every" for name in ("log", "eval", "save", "images", "fid"))
+        return Schedule(self.total, *(self.steps(config[key], f"config.{key}", at_least=1) for key in keys))
 
     def replace(self, fields: ConfigDict, key: str, names: Sequence[str]) -> dict[str, Any]:
         """A config's fields with the durations among them as steps."""
@@ -112,16 +112,16 @@ class Durations:
 
 
 def training_batches(
-    config: ConfigDict, mesh: Mesh, source: Source, transform: Callable[..., Any], start_step: int
+    config: ConfigDict, mesh: Mesh, source: Source, transform: Callable[..., Any], start: int
 ) -> DevicePrefetch:
-    """Batches on the device from `start_step` on; a global batch is the same for any number of hosts."""
+    """Batches on the device, after `start` examples; a global batch is the same for any number of hosts."""
     batch = config.batch_size
     loaded = pipeline(
         source,
         rows=parallel.host_rows(mesh, batch),
         global_batch=batch,
         seed=config.seed,
-        start_step=start_step,
+        start=start,
         transform=transform,
         threads=config.data.threads,
         processes=config.data.processes,
@@ -152,21 +152,28 @@ def make_record(config: ConfigDict, kind: str, **more: Any) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, "kind": kind, "seed": config.seed, "config": plain(config), **more}
 
 
-def open_checkpoints(config: ConfigDict, workdir: Path) -> Checkpoints:
+def open_checkpoints(config: ConfigDict, workdir: epath.Path) -> Checkpoints:
     """The run's checkpoints, by `config.checkpoint`."""
     return Checkpoints(workdir / CHECKPOINTS, **config.checkpoint)
 
 
-def check_same_model(config: ConfigDict, workdir: Path) -> None:
+def check_same_model(config: ConfigDict, workdir: epath.Path) -> None:
     """Raises UserError if the workdir holds checkpoints of another model. Only `config.model` decides."""
     recorded = workdir / "config.json"
     if not recorded.exists() or not any((workdir / CHECKPOINTS).glob("[0-9]*")):
         return
     theirs = json.loads(recorded.read_text())
-    if found := differences(plain(config.model), theirs["model"]):
+    if found := differences(plain(config.model), upgrade_model(theirs["model"])):
         raise UserError(
             f"--workdir={workdir}: holds another model: config.model.{'; '.join(found)}. Name another folder"
         )
+
+
+class Start(NamedTuple):
+    """Where a run starts: completed steps, and the examples that they have seen, of whatever batch size they were."""
+
+    step: int
+    examples: int
 
 
 def restore_or_init(
@@ -175,8 +182,8 @@ def restore_or_init(
     mesh: Mesh,
     config: ConfigDict,
     load_initial: Callable[[str], Tree] | None = None,
-) -> tuple[TrainState, int]:
-    """The newest whole checkpoint, else a fresh state; and its number of completed steps.
+) -> tuple[TrainState, Start]:
+    """The newest whole checkpoint, else a fresh state; and how far it has come.
 
     Args:
       checkpoints: open.
@@ -191,21 +198,21 @@ def restore_or_init(
     restored = checkpoints.restore(abstract.replace(ema=averaged if _had_ema(checkpoints, abstract) else {}))
     if restored is not None:
         state, record = restored
-        upgrade(record)
+        record = upgrade(record)
         if bool(state.ema) != bool(abstract.ema):  # the config has switched averaging on or off since
             state = state.replace(ema={name: jax.tree.map(jnp.copy, state.params[name]) for name in abstract.ema})
-        return state, int(state.step)
+        return state, Start(int(state.step), record["examples"])
     if config.init_exclude and not config.init_from:
         raise UserError("config.init_exclude: there is nothing to exclude from; set config.init_from")
     state = parallel.init_sharded(init, mesh, key)
     if config.init_from and load_initial:
         state = start_from(state, load_initial(config.init_from), config.init_from, config.init_exclude)
-    return state, 0
+    return state, Start(0, 0)
 
 
 def _had_ema(checkpoints: Checkpoints, abstract: TrainState) -> bool:
     """Whether the run that wrote the checkpoints averaged its parameters."""
-    recorded = Path(checkpoints.directory).parent / "config.json"
+    recorded = checkpoints.directory.parent / "config.json"
     return json.loads(recorded.read_text())["ema_decay"] > 0 if recorded.exists() else bool(abstract.ema)
 
 

@@ -58,6 +58,7 @@ def make_step(
         def micro(carry, batch, index):
             codes = inputs = model.codes(frozen, batch)
             condition = model.condition.tokens(frozen, batch)
+            condition = model.drop_condition(jax.random.fold_in(state.stream("condition"), index), condition)
             key_mask, key_codes = jax.random.split(jax.random.fold_in(state.stream("corruption"), index))
             if objective.keep < 1:
                 kept = jax.random.bernoulli(key_mask, objective.keep, codes.shape)

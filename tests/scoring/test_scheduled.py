@@ -1,0 +1,134 @@
+"""Scores on a schedule inside both trainers, and the judges of conditions."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import train_transformer
+import train_vqgan
+from tests.evals.nets import small_net
+from tests.test_scripts import transformer_config, vqgan_config
+from vqgan_jax import pretrained, storage, weights
+from vqgan_jax.config import UserError
+from vqgan_jax.scoring import judges
+from vqgan_jax.scoring.follow import follow
+from vqgan_jax.train import setup
+
+
+@pytest.fixture
+def small_inception(monkeypatch):
+    """The small network in place of Inception, and no weights to be had."""
+    monkeypatch.setattr(weights, "fetch", lambda name, *_, **__: name)
+    monkeypatch.setattr(pretrained, "load_inception", lambda path: small_net())
+
+
+def logged(workdir, name):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def test_the_trainers_score_themselves(runs, tmp_path, small_inception):
+    config = vqgan_config("4")
+    config.fid_every, config.fid_preset = "2", "torch-fidelity"
+    config.checkpoint.best_metric, config.checkpoint.best_mode = "val/rfid", "min"
+    train_vqgan.train(config, str(tmp_path / "vqgan"))
+    scores = logged(tmp_path / "vqgan", "val/rfid")
+    assert list(scores) == [2, 4] and scores[2] != scores[4] and logged(tmp_path / "vqgan", "val/psnr").keys() == {2, 4}
+    manifest = json.loads((tmp_path / "vqgan" / "checkpoints" / "4" / "manifest.json").read_text())
+    assert manifest["metrics"]["val/rfid"] == pytest.approx(scores[4])
+
+    config = transformer_config(runs / "vqgan", "3")
+    config.fid_every, config.fid_samples, config.fid_preset = "2", 16, "torch-fidelity"
+    train_transformer.train(config, str(tmp_path / "gpt"))
+    scores = logged(tmp_path / "gpt", "val/fid")
+    assert list(scores) == [2, 3] and scores[2] != scores[3] and logged(tmp_path / "gpt", "val/is").keys() == {2, 3}
+
+
+def test_the_best_by_fid_needs_a_fid_at_every_evaluation(tmp_path, small_inception):
+    config = vqgan_config("2")
+    config.checkpoint.best_metric = "val/rfid"
+    with pytest.raises(UserError, match="config.fid_every: '0', but the best checkpoint is told by val/rfid"):
+        train_vqgan.train(config, str(tmp_path / "a"))
+
+
+def test_judges_of_conditions_know_what_is_attainable(runs):
+    config = vqgan_config()
+    data = setup.open_data(config, ("image", "segmentation"), factor=1)
+    read = lambda source, k: source[int(k)]  # noqa: E731
+    rows = [data.val_transform(read(data.val, k), np.random.default_rng(0)) for k in range(16)]
+    asked = lambda key, indices: np.stack([rows[int(k)][key] for k in indices])  # noqa: E731
+    (judge,) = judges.condition_judges(("segmentation", "depth"), data, asked)
+    real = judges.read_examples(data.val, data.val_transform, 16)["image"]
+    judge.add(real[:5], np.arange(5))
+    judge.add(real[5:], np.arange(5, 16))
+    right = judge.result()
+    assert right["segmentation_agreement"] == pytest.approx(right["segmentation_agreement_real"])
+    (judge,) = judges.condition_judges(("segmentation",), data, asked)
+    judge.add(real[::-1], np.arange(16))
+    assert judge.result()["segmentation_agreement"] < right["segmentation_agreement"] - 0.05
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+def seal(workdir, step):
+    folder = workdir / "checkpoints" / str(step)
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+
+
+def test_following_waits_scores_oldest_first_and_keeps_the_best(tmp_path):
+    fids, order, saved = {2: 5.0, 4: 3.0, 6: 4.0}, [], []
+    seal(tmp_path, 4)
+    seal(tmp_path, 2)
+    clock = Clock()
+
+    def sleep(seconds):
+        clock.sleep(seconds)
+        if clock.now == 30:
+            seal(tmp_path, 6)
+
+    def score(step):
+        order.append(step)
+        return {"fid": fids[step]}, lambda folder: saved.append(step)
+
+    out, workdir = storage.path(tmp_path / "f.json"), storage.path(tmp_path)
+    found = follow(workdir, score, out, total=6, timeout=100, poll=10, clock=clock, sleep=sleep)
+    assert order == [2, 4, 6] and saved == [2, 4] and clock.now == 30  # the run is finished: no waiting
+    assert [row["scores"]["fid"] for row in found["rows"]] == [5.0, 3.0, 4.0]
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == 4
+    again = follow(workdir, score, out, total=8, timeout=25, poll=10, clock=clock, sleep=clock.sleep)
+    assert order == [2, 4, 6] and again == found and clock.now == 60  # nothing new: given up after the timeout
+
+
+def test_a_checkpoint_deleted_before_it_was_read_is_passed_over(tmp_path):
+
+    seal(tmp_path, 2)
+    seal(tmp_path, 4)
+
+    def score(step):
+        if step == 2:
+            shutil.rmtree(tmp_path / "checkpoints" / "2")
+            raise UserError("no checkpoint of step 2")
+        return {"rfid": 1.0}, lambda folder: None
+
+    out, workdir = storage.path(tmp_path / "f.json"), storage.path(tmp_path)
+    found = follow(workdir, score, out, total=4, timeout=0)
+    assert [row["step"] for row in found["rows"]] == [4]
+
+    def broken(step):
+        raise UserError("another mistake")
+
+    seal(tmp_path, 6)
+    with pytest.raises(UserError, match="another mistake"):
+        follow(workdir, broken, out, total=8, timeout=0)

@@ -1,0 +1,220 @@
+"""What looks at every sample as it is made, beside the feature network: does it show what was asked for?
+
+A judge has `add(pictures, indices)` and `result() -> figures`, of the samples of all hosts.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqgan_jax import pretrained, weights
+from vqgan_jax.config import UserError
+from vqgan_jax.evals import conditional
+from vqgan_jax.evals.classifier import Classifier, train_classifier
+from vqgan_jax.evals.features import FeatureNet, Images
+from vqgan_jax.evals.moments import gather
+from vqgan_jax.images import from_uint8, to_uint8
+from vqgan_jax.scoring.bench import spread
+from vqgan_jax.train import setup
+
+CLASSIFIER_IMAGES, CLASSIFIER_STEPS, HELD_OUT_IMAGES = 4096, 200, 512
+RESNETS = ("resnet101", "resnet50")
+SMALL = "small"  # trained here on the data set's own images
+
+
+class Judge(Protocol):
+    """Sees all samples of this host."""
+
+    def add(self, pictures: np.ndarray, indices: np.ndarray) -> None:
+        """Looks at uint8 [n, h, w, 3], the samples `indices` [n]."""
+
+    def result(self) -> dict[str, Any]:
+        """The figures, of the samples of all hosts. Called by all hosts."""
+
+
+def shown_to(judges: Sequence[Judge], images: Images) -> Images:
+    """Passes pictures on after every judge has seen them."""
+    for pictures, indices in images:
+        for judge in judges:
+            judge.add(pictures, indices)
+        yield pictures, indices
+
+
+def read_examples(source: Any, transform: Any, most: int) -> dict[str, np.ndarray]:
+    """Up to `most` examples of a source, spread out, as the model sees them: arrays by batch key, `image` in uint8."""
+    rng = np.random.default_rng(0)
+    rows = [transform(source[int(i)], rng) for i in spread(most, len(source))]
+    return {key: to_uint8(x) if key == "image" else x for key in rows[0] for x in [np.stack([r[key] for r in rows])]}
+
+
+def small_classifier(data: setup.Data, seed: int, steps: int) -> tuple[Classifier, float]:
+    """A classifier trained on the data set, and its accuracy on held-out images."""
+    train = read_examples(data.train, data.val_transform, CLASSIFIER_IMAGES)
+    held_out = read_examples(data.val, data.val_transform, HELD_OUT_IMAGES)
+    classes = len(data.train.classes)
+    classifier = train_classifier(train["image"], train["label"], classes, seed=seed, steps=steps)
+    return classifier, classifier.accuracy(held_out["image"], held_out["label"])
+
+
+class ClassJudge:
+    """How often a classifier takes a sample for the class asked for."""
+
+    def __init__(self, classifier: Classifier, accuracy: float, labels: np.ndarray):
+        """`accuracy`: the classifier's on held-out images, which bounds what can be expected; `labels` by index."""
+        self._classifier, self._accuracy, self._labels = classifier, accuracy, labels
+        self._sums = np.zeros(2)
+
+    def add(self, pictures: np.ndarray, indices: np.ndarray) -> None:
+        if len(pictures):
+            self._sums += (self._classifier.predict(pictures) == self._labels[indices]).sum(), len(pictures)
+
+    def result(self) -> dict[str, Any]:
+        right, count = gather(self._sums).sum(axis=0)
+        return {
+            "class_agreement": float(right / count),
+            "classifier_accuracy": self._accuracy,
+            "class_samples": int(count),
+        }
+
+
+class ConditionJudge:
+    """How well the condition derived from a sample again agrees with the one asked for (evals/conditional.py)."""
+
+    def __init__(
+        self,
+        key: str,
+        derive: conditional.Derive,
+        asked: Callable[[np.ndarray], np.ndarray],
+        real: Mapping[str, np.ndarray],
+    ):
+        """`asked`: indices [n] -> what was asked for; `real`: held-out pictures and their conditions, scored too: what
+        is attainable."""
+        self._key, self._derive, self._asked = key, derive, asked
+        measures = conditional.CHECKS[key](derive(real["image"])[key], real[key])
+        self._real = {f"{key}_{name}_real": float(values.mean()) for name, values in measures.items()}
+        self._names = sorted(measures)
+        self._sums = np.zeros(len(measures) + 1)  # and of the pictures
+
+    def add(self, pictures: np.ndarray, indices: np.ndarray) -> None:
+        if not len(pictures):
+            return
+        measures = conditional.CHECKS[self._key](self._derive(pictures)[self._key], self._asked(indices))
+        self._sums += [*(float(measures[name].sum()) for name in self._names), len(pictures)]
+
+    def result(self) -> dict[str, Any]:
+        *sums, count = gather(self._sums).sum(axis=0)
+        means = {f"{self._key}_{name}": value / count for name, value in zip(self._names, sums, strict=True)}
+        return {name: float(value) for name, value in means.items()} | self._real
+
+
+class Kept:
+    """Keeps the pictures of the first `count` indices, on all hosts."""
+
+    def __init__(self, count: int):
+        self._count, self._rows = count, {}
+
+    def add(self, pictures: np.ndarray, indices: np.ndarray) -> None:
+        self._rows |= {int(i): pictures[k].copy() for k, i in enumerate(indices) if i < self._count}
+
+    def result(self) -> dict[str, Any]:
+        return {}
+
+    def pictures(self) -> np.ndarray:
+        """uint8 [count, h, w, 3] on every host. Called by all hosts."""
+        order = sorted(self._rows)
+        most = int(gather(np.array(len(order))).max())
+        shape = gather(np.array(self._rows[order[0]].shape if order else (0, 0, 0))).max(axis=0)
+        # A byte a word: what is gathered travels in words of 32 bits.
+        pixels, indices = np.zeros((most, *shape), np.uint32), np.full(most, -1)
+        for slot, index in enumerate(order):
+            pixels[slot], indices[slot] = self._rows[index], index
+        pixels, indices = gather(pixels).reshape(-1, *shape), gather(indices).reshape(-1)
+        place = np.argsort(indices, kind="stable")
+        return pixels[place[indices[place] >= 0]].astype(np.uint8)
+
+
+def condition_judges(
+    keys: Iterable[str], data: setup.Data, asked: Callable[[str, np.ndarray], np.ndarray]
+) -> list[Judge]:
+    """A judge for each batch key of a condition that can be derived from a picture again.
+
+    Args:
+      keys: of the condition.
+      data: real pictures, from which segmentations by colour are learnt.
+      asked: (key, indices [n]) -> what was asked for, [n, ...].
+    """
+    judges: list[Judge] = []
+    for key in keys:
+        if key not in conditional.CHECKS:
+            continue
+        real = read_examples(data.val, data.val_transform, HELD_OUT_IMAGES)
+        if key in conditional.FROM_PICTURE:
+            derive = conditional.from_transform(data.val_transform, key)
+        else:
+            derive = conditional.ColourTable()
+            train = read_examples(data.train, data.val_transform, CLASSIFIER_IMAGES)
+            derive.add(train["image"], train[key])
+        judges.append(ConditionJudge(key, derive, functools.partial(asked, key), real))
+    return judges
+
+
+def open_resnet(name: str, path: str) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+    """ImageNet's classifier for rejection sampling: pictures uint8 [n, h, w, 3] -> probabilities [n, 1000], and the
+    SHA-256 of its weights."""
+    net = pretrained.load_resnet(name, weights.fetch(name, path, flag="--classifier_weights"))
+    return probabilities_of(net), net.sha256
+
+
+def probabilities_of(net: FeatureNet, rows: int = 32) -> Callable[[np.ndarray], np.ndarray]:
+    """A classifying network as pictures uint8 [n, h, w, 3] -> probabilities [n, classes]: the short side is resized to
+    8/7 of its input, the centre is cut out."""
+    size = net.size
+
+    @jax.jit
+    def run(variables: Any, pixels: jax.Array) -> jax.Array:
+        b, h, w, c = pixels.shape
+        scale = round(size * 8 / 7) / min(h, w)
+        resized = (b, max(size, round(h * scale)), max(size, round(w * scale)), c)
+        x = jax.image.resize(from_uint8(pixels), resized, "bilinear")
+        top, left = (resized[1] - size) // 2, (resized[2] - size) // 2
+        return jax.nn.softmax(net.apply(variables, x[:, top : top + size, left : left + size])["logits"])
+
+    def probabilities(pictures: np.ndarray) -> np.ndarray:
+        found = []
+        for start in range(0, len(pictures), rows):
+            batch = pictures[start : start + rows]
+            padded = np.pad(batch, [(0, rows - len(batch)), (0, 0), (0, 0), (0, 0)])  # one compiled shape
+            found.append(np.asarray(run(net.variables, jnp.asarray(padded)))[: len(batch)])
+        return np.concatenate(found)
+
+    return probabilities
+
+
+def choose_classifier(
+    name: str, path: str, classes: int, small: Callable[[], Classifier]
+) -> tuple[Any, dict[str, str]]:
+    """The classifier that rejects, as `probabilities`, and what it is.
+
+    Args:
+      name: "resnet101", "resnet50", "small", or "" for resnet101 where the model has ImageNet's 1000 classes and else
+        the small one.
+      path: a file of weights, "" for the cached or downloaded one.
+      classes: of the model.
+      small: trains the small one.
+
+    Raises:
+      UserError: ImageNet's classifier for other classes, or an unknown name.
+    """
+    name = name or (RESNETS[0] if classes == 1000 else SMALL)
+    if name == SMALL:
+        return small().probabilities, {"name": SMALL}
+    if name not in RESNETS:
+        raise UserError(f"--classifier={name}: there are {', '.join((*RESNETS, SMALL))}")
+    if classes != 1000:
+        raise UserError(f"--classifier={name}: knows ImageNet's 1000 classes, the model has {classes}; use {SMALL}")
+    probabilities, digest = open_resnet(name, path)
+    return probabilities, {"name": name, "sha256": digest}
