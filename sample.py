@@ -23,12 +23,14 @@ from tqdm import tqdm
 from vqgan_jax import cli, images, parallel, pretrained
 from vqgan_jax.config import UserError
 from vqgan_jax.sampling.job import SHEET, SampleFolder, host_share
+from vqgan_jax.sampling.large import Large
 from vqgan_jax.sampling.strategies import Strategy
 from vqgan_jax.sampling.strategy_flags import define_strategy_flags, strategy_of
 from vqgan_jax.train.setup import DTYPES
 
 FLAGS = flags.FLAGS
 SHEET_ROWS, SHEET_COLUMNS = 16, 8
+MOST_PIXELS = 8192  # a side
 
 
 def sample(
@@ -41,6 +43,9 @@ def sample(
     strategy: Strategy,
     classes: Sequence[str],
     size: str,
+    stride: int,
+    decode: str,
+    memory: float,
     best: bool,
     dtype: str,
     mesh: Mapping[str, int],
@@ -53,7 +58,8 @@ def sample(
     model, factor = trained.model, trained.model.first_stage.factor
     if strategy.guided:
         _ = model.null_condition  # raises before anything is drawn, where the model has none
-    grid = parse_size(size, factor) if size else model.config.grid
+    height, width = parse_size(size) if size else (factor * n for n in model.config.grid)
+    grid = tuple(max(-(-n // factor), trained) for n, trained in zip((height, width), model.config.grid, strict=True))
     devices = parallel.make_mesh(mesh, jax.local_devices())
 
     # What to sample: image i is of class labels[i]
@@ -66,7 +72,9 @@ def sample(
         "seed": seed,
         "strategy": strategy_record(strategy),
         "classes": list(classes),
-        "grid": list(grid),
+        "size": [height, width],
+        "stride": stride,
+        "decode": decode,
         "dtype": dtype,
     }
 
@@ -76,15 +84,29 @@ def sample(
         missing = np.array([index for index in share if index not in folder.done], int)
         done = len(share) - len(missing)
         with tqdm(total=len(share), initial=done, desc="sample", unit="image", disable=not len(missing)) as bar:
-            batches = trained.samples(
-                labels, grid, seed=seed, batch=min(batch, number), strategy=strategy, indices=missing, mesh=devices
-            )
             start = 0
+            large = Large(
+                stride=stride,
+                memory=int(memory * 2**30),
+                tiles=decode == "tiles",
+                progress=lambda share: bar.update(done + start + share * min(batch, len(missing) - start) - bar.n),
+                announce=bar.write,
+            )
+            batches = trained.samples(
+                labels,
+                grid,
+                seed=seed,
+                batch=min(batch, number),
+                strategy=strategy,
+                indices=missing,
+                mesh=devices,
+                large=large,
+            )
             for pictures in batches:
                 for index, picture in zip(missing[start:], pictures, strict=False):
-                    folder.write(index, picture)
+                    folder.write(index, centre_crop(picture, height, width))
                 start += len(pictures)
-                bar.update(len(pictures))
+                bar.update(done + start - bar.n)
     multihost_utils.sync_global_devices("every image is written")
 
     # Sheets
@@ -102,14 +124,18 @@ def strategy_record(strategy: Strategy) -> dict[str, Any]:
     return {name: getattr(strategy, name) for name in names} | {"interval": list(strategy.interval)}
 
 
-def parse_size(text: str, factor: int) -> tuple[int, int]:
-    """ "64x512" as a grid of codes."""
+def parse_size(text: str) -> tuple[int, int]:
+    """ "64x512" as height and width in pixels."""
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):
-        raise UserError(f"--size={text}: write HEIGHTxWIDTH in pixels, such as 64x512")
-    if any(int(part) % factor for part in parts):
-        raise UserError(f"--size={text}: height and width must be multiples of {factor}")
-    return int(parts[0]) // factor, int(parts[1]) // factor
+    if len(parts) != 2 or not all(part.isdigit() and 0 < int(part) <= MOST_PIXELS for part in parts):
+        raise UserError(f"--size={text}: write HEIGHTxWIDTH in pixels, such as 64x512, each at most {MOST_PIXELS}")
+    return int(parts[0]), int(parts[1])
+
+
+def centre_crop(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The middle of a picture [h, w, c]: [height, width, c]."""
+    top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
+    return picture[top : top + height, left : left + width]
 
 
 def choose_labels(keys: tuple[str, ...], count: int, names: list[str], asked: list[str], number: int) -> np.ndarray:
@@ -152,8 +178,17 @@ def define_flags() -> None:
     define_strategy_flags()
     flags.DEFINE_list("classes", [], "Class names or numbers to sample, in turn; all by default.")
     flags.DEFINE_string(
-        "size", "", "HEIGHTxWIDTH in pixels, each at least the trained size; the trained size by default."
+        "size", "", "HEIGHTxWIDTH in pixels, below the trained size a crop; the trained one by default."
     )
+    flags.DEFINE_integer(
+        "stride",
+        0,
+        "Beyond the trained size: 0 gives every token a window of its own (exact); N moves windows by N codes and "
+        "draws a block in each, many times faster, with less of the picture in view.",
+        lower_bound=0,
+    )
+    flags.DEFINE_enum("decode", "exact", ["exact", "tiles"], "Beyond the trained size: tiles are fast, approximate.")
+    flags.DEFINE_float("memory", 0, "GiB that decoding beyond the trained size may use a device; 0: what there is.", 0)
     flags.DEFINE_bool("best", True, "The best checkpoint by validation NLL; --nobest takes the newest.")
     flags.DEFINE_enum("dtype", "float32", sorted(DTYPES), "Of the computation; bfloat16 is fast on TPUs and GPUs.")
     flags.DEFINE_integer("fsdp", 1, "Devices that share each copy of the parameters.", lower_bound=1)
@@ -163,7 +198,7 @@ def define_flags() -> None:
 
 def main() -> None:
     """Calls `sample` with the flags."""
-    same = ("number", "batch", "seed", "classes", "size", "best", "dtype")
+    same = ("number", "batch", "seed", "classes", "size", "stride", "decode", "memory", "best", "dtype")
     sample(
         FLAGS.workdir,
         FLAGS.out,

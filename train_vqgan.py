@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from vqgan_jax import cli, images, parallel, pretrained, weights
 from vqgan_jax.config import to_dataclass
+from vqgan_jax.convert import networks
 from vqgan_jax.evals.runner import reconstruction_scorer
 from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig, model_input
@@ -123,7 +124,7 @@ def load_frozen(config: ConfigDict) -> dict[str, Any]:
         return {}
     vgg = weights.fetch("vgg16", config.lpips.vgg or None, flag="--config.lpips.vgg")
     heads = weights.fetch("lpips_vgg", config.lpips.heads or None, flag="--config.lpips.heads")
-    return {"lpips": pretrained.load_lpips(vgg, heads)}
+    return {"lpips": networks.load_lpips(vgg, heads)}
 
 
 def load_initial(path: str) -> dict[str, Any]:

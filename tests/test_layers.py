@@ -30,6 +30,7 @@ LAYERS = {
     "evals": 3,
     "convert": 4,
     "pretrained": 4,
+    "trained_transformer": 4,
     "front_door": 4,
     "scoring": 4,
     "tools": 5,

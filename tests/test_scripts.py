@@ -129,6 +129,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(runs, tmp_path
 def sampled(workdir, out, **changes) -> np.ndarray:
     """The pictures that sample.py makes."""
     asked = dict(batch=16, seed=0, strategy=Strategy(), classes=[], size="", best=True, dtype="float32")
+    asked |= dict(stride=0, decode="exact", memory=0.0)
     asked["mesh"] = {"data": -1, "fsdp": 1, "tensor": 1}
     sample.sample(str(workdir), str(out), **asked | changes)
     with np.load(Path(out) / "samples.npz") as arrays:
@@ -149,8 +150,21 @@ def test_samples_are_those_of_their_seed_and_index(runs, tmp_path):
 
 def test_larger_sizes_slide_and_a_moved_workdir_still_samples(runs, tmp_path):
     shutil.copytree(runs / "gpt", tmp_path / "moved")
-    made = sampled(tmp_path / "moved", tmp_path / "out", number=2, batch=2, size="16x40")
-    assert made.shape == (2, 16, 40, 3)
+    asked = dict(number=2, batch=2, size="18x40")  # of which the model makes 20x40
+    made = sampled(tmp_path / "moved", tmp_path / "out", **asked)
+    assert made.shape == (2, 18, 40, 3)
+    apart = sampled(tmp_path / "moved", tmp_path / "alone", **asked | {"batch": 1})
+    np.testing.assert_allclose(made.astype(int), apart, atol=1)  # one picture's windows over eight devices
+    strips = sampled(tmp_path / "moved", tmp_path / "strips", **asked, memory=0.001)
+    np.testing.assert_allclose(made.astype(int), strips, atol=1)
+    tiles = sampled(tmp_path / "moved", tmp_path / "tiles", **asked, decode="tiles", stride=2)
+    assert tiles.shape == made.shape and (tiles != made).any()
+
+
+def test_a_size_below_the_trained_one_is_a_crop(runs, tmp_path):
+    whole = sampled(runs / "gpt", tmp_path / "whole", number=2)
+    part = sampled(runs / "gpt", tmp_path / "part", number=2, size="9x16")
+    np.testing.assert_array_equal(part, whole[:, 3:12])
 
 
 def test_evaluate_scores_both_stages(runs, tmp_path, monkeypatch):

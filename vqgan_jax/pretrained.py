@@ -4,42 +4,27 @@
 """
 
 import dataclasses
-import functools
 import json
-import math
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
-from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vqgan_jax import parallel, storage
-from vqgan_jax.config import UserError, choose, upgrade
-from vqgan_jax.convert import names, reference
-from vqgan_jax.evals.features import FeatureNet
+from vqgan_jax import storage
+from vqgan_jax.config import UserError, upgrade
+from vqgan_jax.convert import reference
 from vqgan_jax.front_door import PretrainedTransformer, PretrainedVQGAN
-from vqgan_jax.images import to_uint8
-from vqgan_jax.models import inception, resnet
-from vqgan_jax.models.gpt import split_layers
-from vqgan_jax.models.inception import Inception
-from vqgan_jax.models.lpips import LPIPS
-from vqgan_jax.models.resnet import RESNETS, ResNet
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
-from vqgan_jax.sampling.sampler import make_sampler
-from vqgan_jax.sampling.strategies import Strategy, row_keys
 from vqgan_jax.tokenizer import Tokenizer
-from vqgan_jax.torch_files import open_tensors
 from vqgan_jax.train import checkpoints, portable
 from vqgan_jax.train.setup import CHECKPOINTS, COND_STAGE, FIRST_STAGE
+from vqgan_jax.trained_transformer import Stages, TrainedTransformer
 from vqgan_jax.transformer import ImageTransformer, TransformerConfig
 
 Tree = Any
@@ -150,76 +135,6 @@ def write_stage(directory: epath.Path, trained: Trained, network: str) -> None:
     portable.write_stage(directory, tree, trained.record)
 
 
-def load_lpips(vgg: str | os.PathLike, heads: str | os.PathLike) -> Tree:
-    """LPIPS's variables from torchvision's VGG16 and the `lpips` package's linear heads.
-
-    Raises:
-      UserError: a file that is not what its name says.
-    """
-    params: dict[str, Any] = {}
-    with open_tensors(vgg) as trunk, open_tensors(heads) as linear:
-        for stage, (depth, layers) in enumerate(zip(LPIPS().config.depths, names.VGG_LAYERS, strict=True)):
-            for k, layer in zip(range(depth), layers, strict=True):
-                weight, bias = (_tensor(trunk, f"features.{layer}.{leaf}", vgg) for leaf in ("weight", "bias"))
-                params[f"stage_{stage}_conv_{k}"] = {"kernel": names.to_ours(weight, "conv"), "bias": bias}
-            params[f"linear_{stage}"] = names.to_ours(_tensor(linear, f"lin{stage}.model.1.weight", heads), "channel")
-    return {"params": params}
-
-
-def load_inception(path: str | os.PathLike) -> FeatureNet:
-    """The FID's Inception network from pytorch-fid's file (.pth of either format, .safetensors).
-
-    Raises:
-      UserError: a tensor is missing, has another shape, or is not one of this network's.
-    """
-    # The last layer's bias is part of the file and of no score.
-    return _load_frozen("inception", Inception(), inception.SIZE, names.inception_key, path, unused=("fc.bias",))
-
-
-def load_resnet(name: str, path: str | os.PathLike) -> FeatureNet:
-    """torchvision's "resnet50" or "resnet101": pictures float32 [b, 224, 224, 3] in [-1, 1] -> logits [b, 1000].
-
-    Raises:
-      UserError: another name, or as `load_inception`.
-    """
-    return _load_frozen(name, ResNet(choose("classifier", name, RESNETS)), resnet.SIZE, names.resnet_key, path)
-
-
-def _load_frozen(
-    name: str,
-    module: nn.Module,
-    size: int,
-    key: Callable[[str], names.Key],
-    path: str | os.PathLike,
-    unused: Collection[str] = (),
-) -> FeatureNet:
-    abstract = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract["params"], sep="/").items()}
-    known = {*names.names_of(shapes, key), *unused}
-    with open_tensors(path) as tensors:
-        params = names.read_tree(tensors, shapes, key, f"{path}: {name}")
-        strange = sorted(x for x in tensors if x not in known and not x.endswith(".num_batches_tracked"))
-    if strange:
-        raise UserError(f"{path}: '{strange[0]}' is no tensor of {name} ({len(strange)} such)")
-    return FeatureNet(name, module.apply, {"params": params}, storage.sha256(path), size)
-
-
-def _tensor(tensors: Any, name: str, path: str | os.PathLike) -> np.ndarray:
-    if name not in tensors:
-        raise UserError(f"{path}: has no tensor '{name}'")
-    return tensors.read(name)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stages:
-    """The frozen stages of a stage-2 workdir. `frozen` holds their variables by name, `digest` what identifies them."""
-
-    first: Tokenizer
-    cond: Tokenizer | None
-    frozen: Tree
-    digest: dict[str, str]
-
-
 def adopt_stages(config: ConfigDict, workdir: epath.Path, dtype: Any) -> Stages:
     """Copies the VQGANs that a stage-2 config names into its workdir, unless they are there, and opens the copies.
 
@@ -290,98 +205,6 @@ def _stages(path: epath.Path, trained: Mapping[str, Trained], digest: dict[str, 
 
 def _digest(folder: epath.Path) -> str:
     return json.loads((folder / portable.STAGE_RECORD).read_text())["sha256"]
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedTransformer:
-    """A stage-2 workdir, open: the model, its parameters for the sampler (`split`) and as trained (`params`)."""
-
-    model: ImageTransformer
-    params: Tree
-    frozen: Tree
-    stages: Stages
-    record: dict[str, Any]
-
-    @functools.cached_property
-    def split(self) -> Tree:
-        """The parameters with layers apart, in the compute dtype."""
-        return split_layers(self.params, self.model.dtype)
-
-    @functools.cached_property
-    def _programs(self) -> Callable[[tuple[int, int]], tuple[Any, ...]]:
-        """By grid: conditions and keys, ids, and pictures, each compiled once however often samples are drawn."""
-        tokens = jax.jit(
-            lambda frozen, rows, seed: (self.model.condition.tokens(frozen, rows), row_keys(seed, rows["index"]))
-        )
-        decode = jax.jit(self.model.decode)
-        return functools.cache(lambda grid: (tokens, make_sampler(self.model, grid), decode))
-
-    @functools.cached_property
-    def _placed(self) -> Callable[[Mesh], tuple[Tree, Tree]]:
-        """By mesh: the sampler's parameters and the frozen variables."""
-        return functools.cache(lambda mesh: (self.model.split(self.params, mesh), parallel.put_tree(self.frozen, mesh)))
-
-    def with_params(self, params: Tree) -> "TrainedTransformer":
-        """The same model with other parameters (as trained); what is compiled stays."""
-        other = dataclasses.replace(self, params=params)
-        other.__dict__["_programs"] = self._programs
-        return other
-
-    @property
-    def checkpoint(self) -> int | str | None:
-        """What tells it from other checkpoints of its place: its step, or the hash of the file it was imported from."""
-        imported = self.record.get("imported")
-        return imported["sha256"] if imported else self.record.get("step")
-
-    def samples(
-        self,
-        conditions: np.ndarray | Callable[[np.ndarray], Mapping[str, np.ndarray]],
-        grid: tuple[int, int],
-        *,
-        seed: int,
-        batch: int,
-        strategy: Strategy,
-        indices: np.ndarray | None = None,
-        mesh: Mesh | None = None,
-    ) -> Iterator[np.ndarray]:
-        """Draws picture i under condition i, `batch` at a time: uint8 [up to batch, h, w, c].
-
-        Picture i depends on the seed and on i, not on the batch, its place in it, or the devices. One compiled shape:
-        the last batch is filled up and cut. While a batch is handed over, the next is already being drawn.
-
-        Args:
-          conditions: labels, int32, one a picture; or `(indices [n]) -> batch arrays [n, ...]` as the condition needs.
-          grid: height and width in codes.
-          seed: of all pictures.
-          batch: pictures at once; rounded up to what the mesh divides.
-          strategy: how to draw.
-          indices: which pictures; where None all that have a label.
-          mesh: of this process's own devices (hosts sample apart); by default one copy of the model on each.
-        """
-        mesh = mesh or parallel.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
-        rows_of = conditions if callable(conditions) else lambda chosen: {"label": conditions[chosen]}
-        indices = np.arange(len(conditions)) if indices is None else np.asarray(indices)
-        parts = math.prod(mesh.shape[name] for name in parallel.BATCH_AXES)
-        batch = -(-batch // parts) * parts
-        tokens, draw, decode = self._programs(grid)
-        params, frozen = self._placed(mesh)
-        waiting: list[tuple[jax.Array, int]] = []
-        for start in range(0, len(indices), batch):
-            chosen = indices[start : start + batch]
-            filled = np.resize(chosen, batch)
-            rows = {"index": filled.astype(np.int32), **rows_of(filled)}
-            with jax.set_mesh(mesh):
-                condition, keys = tokens(frozen, parallel.put_batch(rows, mesh, batch), seed)
-                pictures = decode(frozen, draw(params, condition, keys, strategy, None))
-            waiting.append((pictures, len(chosen)))
-            if len(waiting) > 1:
-                yield _host_pictures(*waiting.pop(0))
-        for pictures, count in waiting:
-            yield _host_pictures(pictures, count)
-
-
-def _host_pictures(pictures: jax.Array, count: int) -> np.ndarray:
-    return to_uint8(np.asarray(pictures)[:count])
 
 
 def open_transformer(

@@ -12,6 +12,7 @@ from tests import reference as ref
 from tests.convert.files import GOOD, assert_equal, mutate, renamed, run, section, without
 from vqgan_jax import pretrained
 from vqgan_jax.config import UserError
+from vqgan_jax.convert import networks
 from vqgan_jax.convert.reference import open_checkpoint
 from vqgan_jax.convert.stream import Entry, write_safetensors
 from vqgan_jax.models.vqgan import VQGANConfig
@@ -168,7 +169,7 @@ def test_lpips_can_be_taken_out(tmp_path):
     path = mutate(tmp_path, "vqgan_tiny", lambda tensors: tensors.update(lpips))
     out = tmp_path / "lpips.safetensors"
     assert run(f"checkpoint={path}", f"out={tmp_path}/out", f"lpips_out={out}") == 0
-    found = pretrained.load_lpips(out, out)["params"]
+    found = networks.load_lpips(out, out)["params"]
     name = "loss.perceptual_loss.net.slice3.12.weight"
     np.testing.assert_array_equal(found["stage_2_conv_1"]["kernel"], lpips[name].transpose(2, 3, 1, 0))
     np.testing.assert_array_equal(found["linear_4"], lpips["loss.perceptual_loss.lin4.model.1.weight"].ravel())

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from vqgan_jax.config import UserError
-from vqgan_jax.data.pipeline import Pipeline, evaluation, example_index, pipeline, prefetch_to_device
+from vqgan_jax.data.pipeline import Pipeline, evaluation, example_index, pipeline
+from vqgan_jax.data.prefetch import prefetch_to_device
 from vqgan_jax.data.source import CorruptExample
 
 EIGHT = tuple(range(8))
@@ -396,7 +397,7 @@ def test_an_interpreter_ends_with_open_pipelines():
     program = """
 import numpy as np
 from tests.data.test_pipeline import Numbers, draw, open_numbers
-from vqgan_jax.data.pipeline import prefetch_to_device
+from vqgan_jax.data.prefetch import prefetch_to_device
 batches = prefetch_to_device(open_numbers(threads=2), lambda batch: batch)
 print(next(batches)["index"].shape)
 """

@@ -228,6 +228,9 @@ def test_splits_cut_from_one_are_disjoint_and_complete(kind, request):
     data = config(request.getfixturevalue(kind), train="train[:80%]", val="train[80%:]")
     train, val = ([example["name"] for example in examples(open_source(data, split))] for split in ("train", "val"))
     assert len(train) == 18 and len({*train, *val}) == COUNTS["train"] == len(train) + len(val)
+    whole = open_source(config(request.getfixturevalue(kind)), "train")
+    rest = open_source(data, "val")
+    assert [rest.where(i) for i in range(len(rest))] == [whole.where(18 + i) for i in range(len(rest))]
 
 
 @pytest.mark.parametrize("kind", ["array_records", "tf_records"])

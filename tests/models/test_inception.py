@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from tests.reference import golden, inception_state, scale, write_state
-from vqgan_jax import pretrained
 from vqgan_jax.config import UserError
+from vqgan_jax.convert import networks
 from vqgan_jax.evals.features import PRESETS, make_extractor
 from vqgan_jax.models.inception import Inception
 
@@ -22,7 +22,7 @@ def state():
 def net(state, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "inception.safetensors"
     digest = write_state(path, state)
-    loaded = pretrained.load_inception(path)
+    loaded = networks.load_inception(path)
     assert loaded.sha256 == digest
     return loaded
 
@@ -89,13 +89,13 @@ def test_weights_of_another_network_are_refused(state, tmp_path, change, message
     change(state)
     write_state(tmp_path / "inception.safetensors", state)
     with pytest.raises(UserError, match=message):
-        pretrained.load_inception(tmp_path / "inception.safetensors")
+        networks.load_inception(tmp_path / "inception.safetensors")
 
 
 def test_counters_of_batch_norm_are_passed_over(state, net, tmp_path):
     counters = {f"{n.removesuffix('weight')}num_batches_tracked": np.zeros((), np.int64) for n in state if ".bn.w" in n}
     assert len(state) + len(counters) == 566  # what the published file holds
     write_state(tmp_path / "inception.safetensors", state | counters)
-    loaded = pretrained.load_inception(tmp_path / "inception.safetensors")
+    loaded = networks.load_inception(tmp_path / "inception.safetensors")
     assert loaded.sha256 != net.sha256
     np.testing.assert_array_equal(loaded.variables["params"]["fc"], state["fc.weight"].T)

@@ -7,9 +7,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from tests.reference import scale, write_state
-from vqgan_jax import pretrained
 from vqgan_jax.config import UserError
-from vqgan_jax.convert import names
+from vqgan_jax.convert import names, networks
 from vqgan_jax.models import resnet
 from vqgan_jax.models.resnet import RESNETS, ResNet, ResNetConfig
 
@@ -84,7 +83,7 @@ def test_equals_float64(monkeypatch, tmp_path, size):
     monkeypatch.setitem(RESNETS, "resnet50", NARROW)
     tensors = state(NARROW)
     digest = write_state(tmp_path / "resnet.safetensors", tensors)
-    net = pretrained.load_resnet("resnet50", tmp_path / "resnet.safetensors")
+    net = networks.load_resnet("resnet50", tmp_path / "resnet.safetensors")
     assert net.sha256 == digest and net.size == resnet.SIZE
     images = np.random.default_rng(1).uniform(-1, 1, (2, *size, 3)).astype(np.float32)
     wanted = oracle(tensors, NARROW, images)
@@ -110,6 +109,6 @@ def test_another_networks_weights_are_refused(monkeypatch, tmp_path):
     monkeypatch.setitem(RESNETS, "resnet50", NARROW)
     write_state(tmp_path / "a.safetensors", state(ResNetConfig((2, 1, 2, 2), width=4, classes=10)))
     with pytest.raises(UserError, match="'layer4.1.*' is no tensor of resnet50"):
-        pretrained.load_resnet("resnet50", tmp_path / "a.safetensors")
+        networks.load_resnet("resnet50", tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="resnet51.*did you mean"):
-        pretrained.load_resnet("resnet51", tmp_path / "a.safetensors")
+        networks.load_resnet("resnet51", tmp_path / "a.safetensors")

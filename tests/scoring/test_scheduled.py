@@ -10,8 +10,9 @@ import train_transformer
 import train_vqgan
 from tests.evals.nets import small_net
 from tests.test_scripts import transformer_config, vqgan_config
-from vqgan_jax import pretrained, storage, weights
+from vqgan_jax import storage, weights
 from vqgan_jax.config import UserError
+from vqgan_jax.convert import networks
 from vqgan_jax.scoring import judges
 from vqgan_jax.scoring.follow import follow
 from vqgan_jax.train import setup
@@ -21,7 +22,7 @@ from vqgan_jax.train import setup
 def small_inception(monkeypatch):
     """The small network in place of Inception, and no weights to be had."""
     monkeypatch.setattr(weights, "fetch", lambda name, *_, **__: name)
-    monkeypatch.setattr(pretrained, "load_inception", lambda path: small_net())
+    monkeypatch.setattr(networks, "load_inception", lambda path: small_net())
 
 
 def logged(workdir, name):

@@ -16,9 +16,8 @@ from ml_collections import ConfigDict
 
 from vqgan_jax.config import UserError
 from vqgan_jax.data.image_files import ImageFiles, decode_at_least
-from vqgan_jax.data.layouts import find_file, find_store, read_optional, warn_left_out
 from vqgan_jax.data.source import Example
-from vqgan_jax.data.stores import Store
+from vqgan_jax.data.stores import Store, find_file, find_store, read_optional, warn_left_out
 from vqgan_jax.data.tables import select
 from vqgan_jax.object_tokens import FLAGS
 

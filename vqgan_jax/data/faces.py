@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from vqgan_jax.config import UserError
 from vqgan_jax.data.decoding import IMAGE_SUFFIXES
 from vqgan_jax.data.image_files import ImageFiles, decode_at_least
-from vqgan_jax.data.layouts import find_store, read_optional, stem
 from vqgan_jax.data.source import Example, Source, locate
+from vqgan_jax.data.stores import find_store, read_optional, stem
 
 _FFHQ_TRAIN, _CELEBA_TRAIN = 60_000, 25_000  # of 70,000 and of 30,000
 _NUMBER = re.compile(r"(\d+)$")

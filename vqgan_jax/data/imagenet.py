@@ -14,9 +14,8 @@ from ml_collections import ConfigDict
 from vqgan_jax import storage
 from vqgan_jax.config import UserError
 from vqgan_jax.data.image_files import ImageFiles, decode_at_least, in_split
-from vqgan_jax.data.layouts import find_store, matched, read_optional, stem
 from vqgan_jax.data.pairs import Pairs, decode_depth
-from vqgan_jax.data.stores import Store
+from vqgan_jax.data.stores import Store, find_store, matched, read_optional, stem
 from vqgan_jax.data.tables import IMAGENET_GROUPS, select
 
 _LAYOUT = "train (or ILSVRC2012_img_train.tar) with one folder a synset, and val (or ILSVRC2012_img_val.tar)"

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from vqgan_jax.config import UserError
 from vqgan_jax.data.image_files import ImageFiles
-from vqgan_jax.data.layouts import find_file, find_store, read_optional, warn_left_out
 from vqgan_jax.data.source import Example
+from vqgan_jax.data.stores import find_file, find_store, read_optional, warn_left_out
 
 _LAYOUT = (
     "fasion-resize-annotation-{train,test}.csv with the folders train and test, or Anno/list_landmarks_inshop.txt and "

@@ -13,9 +13,8 @@ from vqgan_jax.config import UserError
 from vqgan_jax.data import tables
 from vqgan_jax.data.decoding import decode_float_rgba, decode_ids
 from vqgan_jax.data.image_files import ImageFiles, decode_at_least, in_split
-from vqgan_jax.data.layouts import find_store, matched
 from vqgan_jax.data.source import CorruptExample, Example
-from vqgan_jax.data.stores import Store
+from vqgan_jax.data.stores import Store, find_store, matched
 
 _COLOUR_TYPE, _RGBA = 25, 6  # of a PNG: where its header says what a pixel is, and four channels
 _WHAT = {"segmentation": "mask", "depth": "depth map"}

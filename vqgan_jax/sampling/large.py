@@ -1,7 +1,8 @@
 """Grids beyond the trained one for a stage-2 model, a part at a time: with progress, and able to go on after a stop."""
 
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,6 +14,26 @@ from vqgan_jax.sampling.blocks import Blocks, fill_window
 from vqgan_jax.sampling.sliding import Given, Wavefront, WindowLogits, advance
 from vqgan_jax.sampling.strategies import Strategy, interleave
 from vqgan_jax.transformer import ImageTransformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Large:
+    """How pictures beyond the trained size are made.
+
+    Attributes:
+      stride: of block windows in codes, see `blocks`; 0 for the exact window.
+      memory: bytes that decoding may use on each device; 0 for what there is.
+      tiles: decode in overlapping tiles, fast and approximate.
+      progress: called with the share of a batch that is done.
+      announce: called with a line that says how pictures are decoded.
+    """
+
+    stride: int = 0
+    memory: int = 0
+    tiles: bool = False
+    progress: Callable[[float], None] = lambda share: None
+    announce: Callable[[str], None] = lambda line: None
+
 
 _STEPS = 64  # of the wavefront a call: long enough to hide the call, short enough for a bar
 

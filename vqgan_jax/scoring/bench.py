@@ -9,8 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vqgan_jax import parallel, pretrained, storage, weights
+from vqgan_jax import parallel, storage, weights
 from vqgan_jax.config import UserError, choose
+from vqgan_jax.convert import networks
 from vqgan_jax.evals.features import PRESETS, Extractor, FeatureNet, make_extractor
 from vqgan_jax.evals.references import Statistics, cached, collect, open_reference
 from vqgan_jax.models.lpips import LPIPS
@@ -108,9 +109,7 @@ def open_bench(
     extract = None
     if features:
         chosen = choose("--preset", preset or DEFAULT_PRESET, PRESETS)
-        net = net or pretrained.load_inception(
-            weights.fetch("inception", inception_weights, flag="--inception_weights")
-        )
+        net = net or networks.load_inception(weights.fetch("inception", inception_weights, flag="--inception_weights"))
         extract = make_extractor(net, chosen, mesh, batch // jax.process_count())
     perceptual = _open_lpips(lpips) if lpips is not None else None
     return Bench(mesh, batch, seed, extract, bool(preset), perceptual, cache)
@@ -121,7 +120,7 @@ def _open_lpips(files: Mapping[str, str]) -> tuple[LPIPS, Any] | None:
     if not (any(files.values()) or all(cached)):
         return None
     vgg, heads = (weights.fetch(name, files.get(key), flag=f"--lpips_{key}") for name, key in _LPIPS_FILES.items())
-    return LPIPS(), pretrained.load_lpips(vgg, heads)
+    return LPIPS(), networks.load_lpips(vgg, heads)
 
 
 def statistics_cache() -> Any:

@@ -13,12 +13,12 @@ from vqgan_jax.evals.features import Images
 from vqgan_jax.evals.progress import watched
 from vqgan_jax.evals.references import Statistics, collect, compare
 from vqgan_jax.evals.rejection import accepted, labels_to_draw
-from vqgan_jax.pretrained import TrainedTransformer
 from vqgan_jax.sampling.strategies import Strategy
 from vqgan_jax.scoring import judges as judging
 from vqgan_jax.scoring import result, sweeps
 from vqgan_jax.scoring.bench import Bench
 from vqgan_jax.train import setup
+from vqgan_jax.trained_transformer import TrainedTransformer
 
 _COUNTS = ("samples", "reference_samples", "samples_compared", "reference_compared", "kid_subset_size")
 _NOTES = {

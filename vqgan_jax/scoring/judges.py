@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqgan_jax import pretrained, weights
+from vqgan_jax import weights
 from vqgan_jax.config import UserError
+from vqgan_jax.convert import networks
 from vqgan_jax.evals import conditional
 from vqgan_jax.evals.classifier import Classifier, train_classifier
 from vqgan_jax.evals.features import FeatureNet, Images
@@ -165,7 +166,7 @@ def condition_judges(
 def open_resnet(name: str, path: str) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
     """ImageNet's classifier for rejection sampling: pictures uint8 [n, h, w, 3] -> probabilities [n, 1000], and the
     SHA-256 of its weights."""
-    net = pretrained.load_resnet(name, weights.fetch(name, path, flag="--classifier_weights"))
+    net = networks.load_resnet(name, weights.fetch(name, path, flag="--classifier_weights"))
     return probabilities_of(net), net.sha256
 
 

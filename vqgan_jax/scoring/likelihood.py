@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 
 from vqgan_jax.evals.codes import histogram_entropy, table_nll
 from vqgan_jax.evals.runner import encode_all, likelihood_scorer
-from vqgan_jax.pretrained import TrainedTransformer
 from vqgan_jax.scoring.bench import Bench
 from vqgan_jax.train import code_cache, setup
+from vqgan_jax.trained_transformer import TrainedTransformer
 
 TABLE_IMAGES = 65536  # training images behind the table of code frequencies, at most
 

@@ -11,11 +11,11 @@ from vqgan_jax import parallel
 from vqgan_jax.config import UserError
 from vqgan_jax.evals.features import FeatureNet
 from vqgan_jax.models.vqgan import VQGAN
-from vqgan_jax.pretrained import Stages, TrainedTransformer
 from vqgan_jax.scoring import reconstruction
 from vqgan_jax.scoring.bench import SPLITS, Bench, open_bench, statistics_cache
 from vqgan_jax.scoring.generation import Generation
 from vqgan_jax.train import setup
+from vqgan_jax.trained_transformer import Stages, TrainedTransformer
 from vqgan_jax.transformer import ImageTransformer
 
 Scorer = Callable[[Any, int], Mapping[str, float]]

@@ -26,7 +26,8 @@ from vqgan_jax.config import (
     upgrade,
     upgrade_model,
 )
-from vqgan_jax.data.pipeline import DevicePrefetch, Evaluation, evaluation, pipeline, prefetch_to_device
+from vqgan_jax.data.pipeline import Evaluation, evaluation, pipeline
+from vqgan_jax.data.prefetch import DevicePrefetch, prefetch_to_device
 from vqgan_jax.data.sources import Source, open_source
 from vqgan_jax.data.transforms import Transform
 from vqgan_jax.train.checkpoints import Checkpoints
