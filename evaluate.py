@@ -15,17 +15,14 @@ precision, recall and KID of samples. An imported model names no data: add --con
 """
 
 import dataclasses
-import json
-from collections.abc import Callable
 from typing import Any
 
 import jax
 from absl import flags
-from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from vqgan_jax import cli, pretrained, storage
-from vqgan_jax.config import UserError, upgrade_config
+from vqgan_jax.config import UserError
 from vqgan_jax.data.sources import open_source
 from vqgan_jax.evals.features import PRESETS, FeatureNet
 from vqgan_jax.evals.references import KEEP, open_reference
@@ -34,7 +31,7 @@ from vqgan_jax.sampling.strategy_flags import define_strategy_flags, strategy_of
 from vqgan_jax.scoring import follow, result, sweeps
 from vqgan_jax.scoring.bench import SPLITS, Bench, open_bench, statistics_cache
 from vqgan_jax.scoring.generation import Generation, figures
-from vqgan_jax.scoring.workdir import ScoredTransformer, ScoredVQGAN
+from vqgan_jax.scoring.workdir import ScoredTransformer, ScoredVQGAN, recorded_config
 from vqgan_jax.train import setup
 
 FLAGS = flags.FLAGS
@@ -98,12 +95,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores the workdir, writes and returns the result; `config` names the data where the workdir does not."""
     asked = asked or Asked()
-    path, out_path = storage.path(workdir), check_out(out)
+    path, out_path = storage.path(workdir), result.check_out(out)
     kind = pretrained.kind_of(path, key="--workdir")
     config = config or recorded_config(path)
     settings = asked.settings()
     if kind == "vqgan" and (asked.sweep or settings != [{}] or asked.memorisation):
         raise UserError(f"--workdir={workdir}: holds a vqgan, which has no sampler; its reconstructions are scored")
+    if asked.follow and asked.sweep:
+        raise UserError("--follow: scores each checkpoint under one setting; leave out --sweep")
+    if asked.memorisation and (asked.sweep or asked.follow or asked.memorisation > samples):
+        raise UserError(f"--memorisation={asked.memorisation}: is of at most --samples={samples}, not with a sweep")
     if kind == "transformer" and (asked.sweep or asked.follow) and samples < 2:
         raise UserError(f"--samples={samples}: --sweep and --follow score samples; draw some thousands")
     bench = asked.open_bench(batch, seed, asked.features)
@@ -111,23 +112,40 @@ def evaluate(
     reference = asked.reference or "train"
     followed: list[Generation] = []
 
-    def score_checkpoint(step: int) -> tuple[dict[str, Any], Callable[[epath.Path], None]]:
-        """What --follow asks of each checkpoint."""
+    def open_checkpoint(step: int) -> follow.Opened:
+        """What --follow asks of each checkpoint: read now, scored and saved later."""
         if kind == "vqgan":
             scored = ScoredVQGAN(path, config, bench, step)
-            return scored.score(examples), scored.save
+            return lambda: scored.score(examples, reference=asked.reference), scored.save
         scored = ScoredTransformer(path, config, bench, step, asked.dtype)
-        if not followed:
-            followed.append(scored.generation(samples, reference, settings, **classifier))
-        followed[0].update(scored.trained.params)  # reference, judges and programs stay
-        return scored.score_samples(followed[0], settings[0]), scored.save
+
+        def score() -> dict[str, Any]:
+            if not followed:
+                followed.append(scored.generation(samples, reference, settings, **classifier))
+            followed[0].update(scored.trained.params)  # reference, judges and programs stay
+            return scored.score_samples(followed[0], settings[0])
+
+        return score, scored.save
 
     with jax.set_mesh(bench.mesh):
         if asked.follow:
             total = setup.Durations(config, len(open_source(config.data, "train"))).total
-            return follow.follow(path, score_checkpoint, out_path, total=total, timeout=asked.follow_timeout)
+            definition = result.define(
+                **result.describe_features(bench.extract),
+                workdir=str(storage.absolute(path)),
+                **result.describe_data(config, "val", examples),
+                samples=samples,
+                reference=reference if reference in SPLITS else str(storage.absolute(reference)),
+                sampler=settings[0],
+                dtype=asked.dtype,
+                seed=seed,
+                **classifier,
+            )
+            return follow.follow(
+                path, open_checkpoint, out_path, definition=definition, total=total, timeout=asked.follow_timeout
+            )
         if kind == "vqgan":
-            found = ScoredVQGAN(path, config, bench).score(examples, out_path.parent)
+            found = ScoredVQGAN(path, config, bench).score(examples, out_path.parent, asked.reference)
         else:
             scored = ScoredTransformer(path, config, bench, dtype=asked.dtype)
             generation = scored.generation(samples, reference, settings, **classifier)
@@ -161,7 +179,7 @@ def compare_sets(
       config: names the data.
       asked: preset, weights.
     """
-    asked, out_path = asked or Asked(), check_out(out)
+    asked, out_path = asked or Asked(), result.check_out(out)
     if asked.sweep or asked.settings() != [{}] or asked.follow or asked.memorisation:
         raise UserError(f"--samples={samples}: are drawn already; --samples=NUMBER with --workdir draws new ones")
     if config is None and workdir:
@@ -181,25 +199,6 @@ def compare_sets(
     return result.publish(found | {"seed": seed}, out_path)
 
 
-def check_out(out: str) -> epath.Path:
-    """The file that --out names. Raises UserError where it cannot be written."""
-    path = storage.path(out)
-    if path.is_dir():
-        raise UserError(f"--out={out}: is a folder; name the JSON file to write")
-    cli.check_workdir(str(path.parent), "--out")
-    return path
-
-
-def recorded_config(workdir: epath.Path) -> ConfigDict:
-    """The config of a run. Raises UserError for an imported model."""
-    recorded = workdir / "config.json"
-    if not recorded.exists():
-        raise UserError(
-            f"--workdir={workdir}: an imported model names no data; give --config=configs/finetune.py:{workdir}"
-        )
-    return ConfigDict(upgrade_config(json.loads(recorded.read_text())))
-
-
 def define_flags() -> None:
     """The flags of this script."""
     config_flags.DEFINE_config_file("config", None, "Names the data (config.data) where --workdir does not.")
@@ -210,10 +209,7 @@ def define_flags() -> None:
     flags.DEFINE_string("samples", "256", "How many to draw (0 = none); or finished ones: a folder, archive or .npz.")
     flags.DEFINE_integer("seed", 0, "Of the samples and the classifier.")
     flags.DEFINE_string(
-        "reference",
-        "",
-        "train or val of the data set (default: train); or a folder, archive, .npz of images or of "
-        "statistics (ADM, pytorch-fid, ours).",
+        "reference", "", "train (default), val; a folder, archive, or .npz (pictures, ADM, pytorch-fid)."
     )
     flags.DEFINE_string("preset", "", f"Whose conventions: {', '.join(PRESETS)}; adm by default.")
     flags.DEFINE_string("inception_weights", "", "Inception of the FID (pytorch-fid's .pth, or .safetensors).")

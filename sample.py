@@ -20,7 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from vqgan_jax import cli, images, parallel, pretrained
+from vqgan_jax import cli, images, parallel, pretrained, storage
 from vqgan_jax.config import UserError
 from vqgan_jax.sampling.job import SHEET, SampleFolder, host_share
 from vqgan_jax.sampling.large import Large
@@ -31,6 +31,7 @@ from vqgan_jax.train.setup import DTYPES
 FLAGS = flags.FLAGS
 SHEET_ROWS, SHEET_COLUMNS = 16, 8
 MOST_PIXELS = 8192  # a side
+SHEET_PIXELS = 1 << 27  # in all, of pictures without names
 
 
 def sample(
@@ -67,7 +68,7 @@ def sample(
     count = len(names) or model.condition.vocab_size  # a data set may have fewer classes than its model
     labels = choose_labels(model.condition.keys, count, names, classes, number)
     settings = {
-        "workdir": workdir,
+        "workdir": str(storage.absolute(workdir)),
         "checkpoint": trained.checkpoint,
         "seed": seed,
         "strategy": strategy_record(strategy),
@@ -159,7 +160,8 @@ def choose_labels(keys: tuple[str, ...], count: int, names: list[str], asked: li
 def sheet(folder: SampleFolder, labels: np.ndarray, names: list[str]) -> np.ndarray:
     """A grid of the first pictures, one labelled row a class where classes have names."""
     if not names:
-        pictures = np.stack(list(folder.read(range(min(len(labels), SHEET_COLUMNS**2)))))
+        most = max(1, SHEET_PIXELS // next(folder.read([0])).size)
+        pictures = np.stack(list(folder.read(range(min(len(labels), SHEET_COLUMNS**2, most)))))
         wide = pictures.shape[2] > 2 * pictures.shape[1]
         return images.grid(pictures, columns=1 if wide else None)
     rows = {}
@@ -174,7 +176,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Folder to write to.")
     flags.DEFINE_integer("number", 16, "How many images.", lower_bound=1)
     flags.DEFINE_integer("batch", 16, "Images sampled at once.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Seed of the run; image i depends on the seed and on i alone.")
+    flags.DEFINE_integer("seed", 0, "Seed of the run; image i depends on the seed and on i alone.", 0, 2**31 - 1)
     define_strategy_flags()
     flags.DEFINE_list("classes", [], "Class names or numbers to sample, in turn; all by default.")
     flags.DEFINE_string(

@@ -157,7 +157,7 @@ def test_each_shape_compiles_once(vqgan):
 
 def test_settings_compile_nothing_anew(labelled):
     tokens = labelled.condition_tokens([3])
-    labelled.sample(tokens)
+    labelled.sample(tokens, top_k=9)
     sampler = labelled._sampler((8, 8))
     before = sampler._cache_size()
     labelled.sample(tokens, temperature=0.5, top_k=7, top_p=0.3, seed=9)

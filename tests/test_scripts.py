@@ -356,8 +356,9 @@ def test_a_run_with_another_batch_size_goes_on_where_it_was_in_its_data(runs, tm
     "arguments, message",
     [
         (dict(size="16y40"), "write HEIGHTxWIDTH"),
-        (dict(size="18x40"), "multiples of 4"),
-        (dict(size="8x40"), "below the 4x4"),
+        (dict(size="0x40"), "write HEIGHTxWIDTH"),
+        (dict(size="16x9000"), "at most 8192"),
+        (dict(size="16x40", stride=9), "--stride: 9 codes"),
         (dict(classes=["castle"]), "no class 'castle'"),
     ],
 )

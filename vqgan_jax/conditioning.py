@@ -1,7 +1,7 @@
 """How a condition becomes tokens: the token layout, and one small class a kind of condition.
 
 A condition has `length`, `vocab_size`, `tokens(frozen, batch) -> int32 [b, length]`, `invert(frozen, tokens)` and
-`draw(frozen, tokens)`. Its ids are local to it: the layout alone adds offsets.
+`window`, for pictures larger than the trained grid. Its ids are local to it: the layout alone adds offsets.
 """
 
 import dataclasses

@@ -192,16 +192,12 @@ class PretrainedTransformer:
             ids = _ids("given", np.where(mask, ids, 0), ("b", "h", "w"), self._model.layout.head_size)
             given = ids, jnp.asarray(mask)
         choose("schedule", schedule, RAMPS)
-        numbers = dict(temperature=temperature, top_p=top_p or 1.0, min_p=min_p, power=power)
-        strategy = Strategy(  # of arrays, so that every setting is of one program
-            **{name: jnp.float32(x) for name, x in numbers.items()},
-            top_k=jnp.int32(top_k or 0),
-            greedy=greedy,
-            guidance=jnp.float32(guidance),
-            guided=guidance != 1,
-            schedule=schedule,
-        )
-        leading = {"leading": leading_given(self._model, mask)} if given and grid == self.config.grid else {}
+        settings = dict(temperature=float(temperature), top_k=int(top_k or 0), top_p=float(top_p or 1.0))
+        settings |= dict(min_p=float(min_p), guidance=float(guidance), power=float(power))
+        strategy = Strategy(**settings, greedy=greedy, schedule=schedule)
+        leading = {}
+        if given and grid == self.config.grid:
+            leading = {"leading": leading_given(self._model, np.asarray(mask))}
         keys = row_keys(seed, jnp.arange(len(condition)))
         return sampler(self._split, condition, keys, strategy, given, **leading)
 

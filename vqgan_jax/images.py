@@ -53,12 +53,13 @@ def labelled_rows(rows: dict[str, np.ndarray], pad: int = 2) -> np.ndarray:
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:
-    """One uint8 picture [h, w, 3] or [h, w] as the bytes of a PNG file."""
+    """One uint8 picture [h, w, 3], [h, w, 1] or [h, w] as the bytes of a PNG file."""
     buffer = io.BytesIO()
+    pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()
 
 
 def save_png(path: str | os.PathLike, pixels: np.ndarray) -> None:
-    """Writes one uint8 picture [h, w, 3] or [h, w] as PNG, making the folder where it is missing."""
+    """Writes one uint8 picture [h, w, 3], [h, w, 1] or [h, w] as PNG, making the folder where it is missing."""
     storage.write_bytes(path, png_bytes(pixels))

@@ -4,6 +4,7 @@
 batch and the parameters), `tensor` (heads, MLP and vocabulary).
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -173,6 +174,16 @@ def to_host(x: jax.Array) -> np.ndarray:
     if x.is_fully_addressable:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def of_first_host(make: Callable[[], Any]) -> Any:
+    """What `make` gives on the first host, which alone calls it: plain data (JSON), the same on all hosts."""
+    if jax.process_count() == 1:
+        return make()
+    text = np.frombuffer(json.dumps(make()).encode() if jax.process_index() == 0 else b"", np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
+    whole = text if text.size else np.zeros(size, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(whole)).astype(np.uint8).tobytes())
 
 
 def put_tree(tree: Any, mesh: Mesh) -> Any:

@@ -189,6 +189,15 @@ def sha256(source: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def size_and_time(source: str | os.PathLike) -> tuple[int, int]:
+    """Bytes of a file and when it was last changed (locally in nanoseconds). Raises OSError where there is none."""
+    if is_remote(source):
+        stat = path(source).stat()
+        return stat.length, stat.mtime
+    stat = os.stat(path(source))
+    return stat.st_size, stat.st_mtime_ns
+
+
 class Mirror:
     """A file that grows: locally the file itself, for a bucket a local copy whose whole is uploaded by `push`.
 

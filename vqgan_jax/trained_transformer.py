@@ -46,10 +46,17 @@ class TrainedTransformer:
     @functools.cached_property
     def _programs(self) -> tuple[Any, ...]:
         """Conditions and keys, ids of the trained grid, and pictures, each compiled once however often one samples."""
+        model = self.model  # not self, whose parameters would live as long as the programs
         tokens = jax.jit(
-            lambda frozen, rows, seed: (self.model.condition.tokens(frozen, rows), row_keys(seed, rows["index"]))
+            lambda frozen, rows, seed: (model.condition.tokens(frozen, rows), row_keys(seed, rows["index"]))
         )
-        return tokens, make_sampler(self.model, self.model.config.grid), jax.jit(self.model.decode)
+        return tokens, make_sampler(model, model.config.grid), jax.jit(model.decode)
+
+    @functools.cached_property
+    def _large_sampler(self) -> Callable[..., LargeSampler]:
+        """By grid, stride and parts of a batch, compiled once."""
+        model = self.model
+        return functools.cache(lambda grid, stride, parts: LargeSampler(model, grid, stride=stride, multiple=parts))
 
     @functools.cached_property
     def _placed(self) -> Callable[[Mesh], tuple[Tree, Tree]]:
@@ -59,7 +66,8 @@ class TrainedTransformer:
     def with_params(self, params: Tree) -> "TrainedTransformer":
         """The same model with other parameters (as trained); what is compiled stays."""
         other = dataclasses.replace(self, params=params)
-        other.__dict__["_programs"] = self._programs
+        for name in ("_programs", "_large_sampler"):
+            other.__dict__[name] = getattr(self, name)
         return other
 
     @property
@@ -132,11 +140,11 @@ class TrainedTransformer:
     ) -> Iterator[np.ndarray]:
         """`samples` of a grid beyond the trained one: the windows that run at once are spread over the mesh."""
         parts = math.prod(mesh.shape[name] for name in parallel.BATCH_AXES)
-        sampler = LargeSampler(self.model, tuple(grid), stride=large.stride, multiple=parts)
+        sampler = self._large_sampler(tuple(grid), large.stride, parts)
         tokens, (params, frozen) = self._programs[0], self._placed(mesh)
         decode = None
         for start in range(0, len(indices), batch):
-            chosen = np.resize(indices[start : start + batch], min(batch, len(indices)))
+            chosen = np.resize(indices[start : start + batch], batch)
             rows = {"index": chosen.astype(np.int32), **rows_of(chosen)}
             with jax.set_mesh(mesh):
                 condition, keys = tokens(frozen, rows, seed)
@@ -149,14 +157,15 @@ class TrainedTransformer:
 
     def _large_decoder(self, shape: tuple[int, ...], mesh: Mesh, large: Large) -> Callable[[np.ndarray], np.ndarray]:
         """Ids of this shape to images, as the memory allows."""
-        first, variables = self.model.first_stage, self.frozen["first_stage"]
+        first = self.model.first_stage
+        variables = jax.device_put(self.frozen["first_stage"])
 
         def convert(variables: Tree, ids: jax.Array) -> jax.Array:
             return self.model.decode({"first_stage": variables}, ids)
 
         def in_strips(variables: Tree, ids: np.ndarray, budget: int) -> tuple[np.ndarray, int]:
             ids = np.minimum(ids, first.codebook_size - 1)
-            return apply_in_strips(first.model, variables, ids, method="decode", budget=budget)
+            return apply_in_strips(first.model, self.frozen["first_stage"], ids, method="decode", budget=budget)
 
         if large.tiles:
             large.announce("decoding in overlapping tiles (approximate)")

@@ -1,5 +1,7 @@
 """Code statistics: entropies and the frequency table on distributions whose answer is known, NLL on padded batches."""
 
+import tracemalloc
+
 import jax
 import numpy as np
 import pytest
@@ -61,6 +63,16 @@ def test_table_counts_by_class_and_position():
     assert table_nll(train, labels, val, val_labels, 3, smoothing=[s]) == pytest.approx(expected)
     pooled = -np.log((np.array([2, 0, 1, 3]) + s) / (4 + 3 * s)).mean()
     assert table_nll(train, None, val, None, 3, smoothing=[s]) == pytest.approx(pooled)
+
+
+def test_the_table_of_many_classes_and_codes_takes_little_memory():
+    rng = np.random.default_rng(0)
+    codes, labels = rng.integers(16384, size=(50, 256)), np.arange(50) * 20 + 19
+    tracemalloc.start()
+    table_nll(codes, labels, codes[:5], labels[:5], 16384, smoothing=[1.0])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * codes.nbytes  # a whole table has 300,000 times as many cells
 
 
 def test_table_pays_the_entropy_it_should():

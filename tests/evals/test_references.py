@@ -1,5 +1,6 @@
 """Statistics of sets: what they depend on, what they are refused for, every format they are opened from, the cache."""
 
+import dataclasses
 import gc
 import json
 import logging
@@ -176,6 +177,43 @@ def test_statistics_of_another_preset_or_network_are_refused(sets, tmp_path):
             open_reference(str(tmp_path / "a.npz"), other, cache=None, preset_stated=True)
 
 
+def test_samples_whose_preset_was_taken_on_trust_are_noted_too(sets):
+    trusted = dataclasses.replace(statistics(sets[0]), unverified=True)
+    assert compare(trusted, statistics(sets[1]))["reference_unverified"] == 1
+
+
+def test_pairs_without_kept_features_have_fid_alone(sets):
+    pairs = [(sets[0], sets[0] // 2, np.arange(COUNT))]
+    there, back = collect_pairs(pairs, extractor(), count=COUNT, source={}, keep=0)
+    assert there.features is None and {"fid", "sfid"} < compare(back, there).keys()
+    assert not {"precision", "kid_mean"} & compare(back, there).keys()
+
+
+def test_pictures_are_scored_as_the_published_tools_decode_them(tmp_path):
+    """As stored: not turned by EXIF, and what is transparent keeps its colours."""
+    rgba = np.concatenate([pictures(4, seed=3), np.zeros((4, 12, 10, 1), np.uint8)], axis=-1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for k, image in enumerate(rgba):
+        Image.fromarray(image).save(tmp_path / f"{k}.png", exif=exif)
+    found = pictures_on_disk.open_pictures(str(tmp_path), key="--samples")
+    np.testing.assert_array_equal(np.concatenate([x for x, _ in found.read()]), rgba[..., :3])
+
+
+@pytest.mark.parametrize("kind", ["fortran", "version", "crc"])
+def test_arrays_that_cannot_be_read_are_one_line(tmp_path, kind):
+    x = np.asfortranarray(pictures(4)) if kind == "fortran" else pictures(4)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, archive.open("arr_0.npy", "w") as member:
+        np.lib.format.write_array(member, x, version=(3, 0) if kind == "version" else None)
+    if kind == "crc":
+        data = bytearray((tmp_path / "a.npz").read_bytes())
+        data[500] ^= 255
+        (tmp_path / "a.npz").write_bytes(data)
+    with pytest.raises(UserError, match="--samples=.*a.npz: 'arr_0' cannot be read") as caught:
+        open_reference(str(tmp_path / "a.npz"), extractor(), cache=None, preset_stated=True, key="--samples")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("kind", ["folder", "zip", "npz"])
 def test_pictures_from_every_kind_of_place_score_as_the_array(sets, tmp_path, kind):
     samples = sets[0]
@@ -257,6 +295,8 @@ def test_bare_statistics_need_a_stated_preset_and_are_noted(sets, tmp_path):
     with pytest.raises(UserError, match="--preset"):
         open_reference(where, extractor(), cache=None, preset_stated=False)
     scores = compare(statistics(samples), open_reference(where, extractor(), cache=None, preset_stated=True))
+    half = write_adm(tmp_path / "half.npz", reference, arr_0=None, sigma_s=None)
+    assert open_reference(half, extractor(), cache=None, preset_stated=True).spatial is None
     assert scores["reference_unverified"] == 1 and "sfid" not in scores and "reference_samples" not in scores
     assert scores["fid"] == pytest.approx(compare(statistics(samples), statistics(reference))["fid"])
     few = write_adm(tmp_path / "few.npz", reference[:4], arr_0=None, mu_s=None, sigma_s=None)
@@ -327,3 +367,11 @@ def test_the_cache_is_used_for_the_same_set_and_for_no_other(sets, tmp_path, mon
     fewer, made = opened(folder)
     assert made == 1 and fewer.count == 7
     assert len(list(cache.iterdir())) == 6
+    for k, image in enumerate(sets[0][:3]):  # of one size, whatever they show
+        Image.fromarray(image).save(tmp_path / f"bmp_{k}.bmp")
+    (tmp_path / "c").mkdir()
+    for k in (0, 1):
+        (tmp_path / f"bmp_{k}.bmp").rename(tmp_path / "c" / f"{k}.bmp")
+    assert opened(tmp_path / "c")[1] == 1
+    (tmp_path / "bmp_2.bmp").rename(tmp_path / "c" / "1.bmp")
+    assert opened(tmp_path / "c")[1] == 1

@@ -17,6 +17,7 @@ STEM = dataclasses.replace(
 )
 WIDER = dataclasses.replace(ref.VQGAN_TINY, autoencoder=ref.autoencoder((1, 2, 2), (16, 8)))
 CONFIGS = {"tiny": ref.VQGAN_TINY, "stem": STEM, "wider": WIDER, "gumbel": ref.GUMBEL_TINY}
+LARGER = [pytest.param(name, marks=pytest.mark.slow) for name in ("wider", "gumbel")]
 
 
 def made(config, dtype=jnp.float32):
@@ -26,7 +27,9 @@ def made(config, dtype=jnp.float32):
     return model, jax.device_get(variables)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", ["tiny", "stem", *(pytest.param(n, marks=pytest.mark.slow) for n in ("wider", "gumbel"))]
+)
 def test_decoding_in_strips_equals_the_plain_decoder(name):
     model, variables = made(CONFIGS[name])
     ids = np.asarray(jax.random.randint(jax.random.key(2), (2, 13, 9), 0, 48))
@@ -38,7 +41,7 @@ def test_decoding_in_strips_equals_the_plain_decoder(name):
         np.testing.assert_allclose(made_so, plain, atol=1e-4 * ref.scale(plain))
 
 
-@pytest.mark.parametrize("name", ["tiny", "stem", "wider"])
+@pytest.mark.parametrize("name", ["tiny", "stem", LARGER[0]])
 def test_encoding_in_strips_gives_the_same_ids(name):
     model, variables = made(CONFIGS[name])
     f = model.config.factor
@@ -60,6 +63,7 @@ def test_the_norm_keeps_far_off_means():
     np.testing.assert_allclose(variance, exact.var(1), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_bfloat16_strips_stay_near_the_plain_model():
     model, variables = made(ref.VQGAN_TINY, jnp.bfloat16)
     ids = np.asarray(jax.random.randint(jax.random.key(2), (1, 16, 8), 0, 48))

@@ -169,7 +169,10 @@ def test_a_row_depends_on_its_seed_alone():
     assert len(np.unique(together.reshape(6, -1), axis=0)) == 6
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4)])
+SLOW_SHAPES = [pytest.param(shape, marks=pytest.mark.slow) for shape in ((8, 1, 1), (1, 4, 2), (1, 2, 4))]
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), *SLOW_SHAPES])
 def test_eight_devices_draw_what_one_draws(shape):
     model, params, split = small()
     strategy, labels, keys = Strategy(top_k=30, guidance=1.5), jnp.arange(8)[:, None], row_keys(7, jnp.arange(8))

@@ -94,9 +94,9 @@ def test_a_picture_depends_on_its_index_alone(trained):
 
 def test_a_batch_is_drawn_while_the_one_before_is_handed_over(trained, monkeypatch):
     events = []
-    programs = trained._programs((8, 8))
+    programs = trained._programs
     drawn = lambda *args: events.append("draw") or programs[1](*args)  # noqa: E731
-    vars(trained)["_programs"] = lambda grid: (programs[0], drawn, programs[2])
+    vars(trained)["_programs"] = (programs[0], drawn, programs[2])
     try:
         for _ in trained.samples(np.zeros(24, np.int32), (8, 8), batch=8, seed=0, strategy=Strategy()):
             events.append("got")
@@ -111,6 +111,15 @@ def fill(path: Path, settings=None, number=5) -> SampleFolder:
         for index in set(range(number)) - folder.done:
             folder.write(index, np.full((4, 6, 3), index, np.uint8))
     return folder
+
+
+def test_settings_that_made_no_picture_do_not_lock_the_folder(tmp_path):
+    fill(tmp_path, {"stride": 99}, number=0)
+    (tmp_path / ".7.tmp.000000.png").write_bytes(b"half")  # of a process that was killed
+    fill(tmp_path, {"stride": 2}, number=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000.png", "000001.png", "sampling.json"]
+    with pytest.raises(UserError, match="other settings: stride: 3 here, 2 there"):
+        fill(tmp_path, {"stride": 3})
 
 
 def test_arrays_are_the_pictures_in_order(tmp_path):

@@ -143,10 +143,11 @@ def test_a_block_window_over_the_whole_grid_is_the_plain_sampler():
     np.testing.assert_array_equal(blocks, plain)
 
 
-def test_blocks_see_what_stands_above_and_to_the_left():
+@pytest.mark.parametrize("stride", [2, 4])
+def test_blocks_see_what_stands_above_and_to_the_left(stride):
     """Greedily, by the definition: the logits of a block's token come from all of its window before it."""
     model, params = MODELS["class"]()
-    grid, stride = (7, 6), 2
+    grid = (7, 6) if stride == 2 else (8, 12)
     condition, keys, greedy = whole_condition(model, grid), row_keys(3, jnp.arange(2)), Strategy(greedy=True)
     *_, (made, _) = LargeSampler(model, grid, stride=stride)(params, condition, keys, greedy)
     ids = np.zeros((2, *grid), np.int32)

@@ -1,6 +1,7 @@
 """Two tiny runs, trained once for all tests of this folder."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,7 @@ def runs(tmp_path_factory):
     train_transformer.train(transformer_config(folder / "vqgan"), str(folder / "gpt"))
     yield folder
     if before is None:
-        del os.environ["VQGAN_JAX_CACHE"]
+        os.environ.pop("VQGAN_JAX_CACHE", None)
     else:
         os.environ["VQGAN_JAX_CACHE"] = before
 
@@ -29,3 +30,11 @@ def runs(tmp_path_factory):
 def quick(monkeypatch):
     """Classifiers that need not be good."""
     monkeypatch.setattr(judges, "CLASSIFIER_STEPS", 5)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What scores trained models compiles for minutes; `make test` scores both stages in test_scripts.py."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents and "runs" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)

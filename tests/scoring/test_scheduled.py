@@ -1,7 +1,6 @@
 """Scores on a schedule inside both trainers, and the judges of conditions."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -10,11 +9,10 @@ import train_transformer
 import train_vqgan
 from tests.evals.nets import small_net
 from tests.test_scripts import transformer_config, vqgan_config
-from vqgan_jax import storage, weights
+from vqgan_jax import weights
 from vqgan_jax.config import UserError
 from vqgan_jax.convert import networks
 from vqgan_jax.scoring import judges
-from vqgan_jax.scoring.follow import follow
 from vqgan_jax.train import setup
 
 
@@ -69,67 +67,3 @@ def test_judges_of_conditions_know_what_is_attainable(runs):
     (judge,) = judges.condition_judges(("segmentation",), data, asked)
     judge.add(real[::-1], np.arange(16))
     assert judge.result()["segmentation_agreement"] < right["segmentation_agreement"] - 0.05
-
-
-class Clock:
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
-
-    def sleep(self, seconds):
-        self.now += seconds
-
-
-def seal(workdir, step):
-    folder = workdir / "checkpoints" / str(step)
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text("{}")
-
-
-def test_following_waits_scores_oldest_first_and_keeps_the_best(tmp_path):
-    fids, order, saved = {2: 5.0, 4: 3.0, 6: 4.0}, [], []
-    seal(tmp_path, 4)
-    seal(tmp_path, 2)
-    clock = Clock()
-
-    def sleep(seconds):
-        clock.sleep(seconds)
-        if clock.now == 30:
-            seal(tmp_path, 6)
-
-    def score(step):
-        order.append(step)
-        return {"fid": fids[step]}, lambda folder: saved.append(step)
-
-    out, workdir = storage.path(tmp_path / "f.json"), storage.path(tmp_path)
-    found = follow(workdir, score, out, total=6, timeout=100, poll=10, clock=clock, sleep=sleep)
-    assert order == [2, 4, 6] and saved == [2, 4] and clock.now == 30  # the run is finished: no waiting
-    assert [row["scores"]["fid"] for row in found["rows"]] == [5.0, 3.0, 4.0]
-    assert json.loads((tmp_path / "best.json").read_text())["step"] == 4
-    again = follow(workdir, score, out, total=8, timeout=25, poll=10, clock=clock, sleep=clock.sleep)
-    assert order == [2, 4, 6] and again == found and clock.now == 60  # nothing new: given up after the timeout
-
-
-def test_a_checkpoint_deleted_before_it_was_read_is_passed_over(tmp_path):
-
-    seal(tmp_path, 2)
-    seal(tmp_path, 4)
-
-    def score(step):
-        if step == 2:
-            shutil.rmtree(tmp_path / "checkpoints" / "2")
-            raise UserError("no checkpoint of step 2")
-        return {"rfid": 1.0}, lambda folder: None
-
-    out, workdir = storage.path(tmp_path / "f.json"), storage.path(tmp_path)
-    found = follow(workdir, score, out, total=4, timeout=0)
-    assert [row["step"] for row in found["rows"]] == [4]
-
-    def broken(step):
-        raise UserError("another mistake")
-
-    seal(tmp_path, 6)
-    with pytest.raises(UserError, match="another mistake"):
-        follow(workdir, broken, out, total=8, timeout=0)

@@ -44,6 +44,8 @@ def test_every_score_and_what_defines_it(whole, runs):
     assert definition["preset"] == "torch-fidelity" and definition["network"]["sha256"] == "0" * 64
     assert definition["checkpoint"]["step"] == 4 and len(definition["checkpoint"]["parameters_sha256"]) == 64
     assert definition["reference"]["split"] == "train" and definition["reference"]["images"] == 32
+    stage = json.loads((runs / "gpt" / "first_stage" / "stage.json").read_text())
+    assert definition["stages"] == {"first_stage": stage["sha256"]}
     assert definition["seed"] == 0 and definition["config"]["model"]["grid"] == [4, 4]
     assert {"jax", "flax", "vqgan_jax"} <= set(definition["versions"])
     nats = found["val_nll"] * 16  # tokens of a 4x4 grid, over 16x16 pixels
@@ -58,8 +60,9 @@ def test_the_same_command_gives_the_same_numbers_whatever_the_batch(whole, runs,
 
 
 def test_a_vqgan_has_rfid_of_its_held_out_images(runs, tmp_path):
-    found = evaluate.evaluate(str(runs / "vqgan"), str(tmp_path / "a.json"), **SCORED, asked=asked())
+    found = evaluate.evaluate(str(runs / "vqgan"), str(tmp_path / "a.json"), **SCORED, asked=asked(reference="train"))
     assert found["rfid"] > 0 and found["rfid_images"] == 16 and "fid" not in found
+    assert found["rfid_reference"] not in (0, found["rfid"]) and found["definition"]["reference"]["split"] == "train"
     with pytest.raises(UserError, match="holds a vqgan, which has no sampler"):
         evaluate.evaluate(str(runs / "vqgan"), str(tmp_path / "a.json"), **SCORED, asked=asked(sweep="top_k=1"))
 
@@ -175,10 +178,11 @@ def test_lpips_joins_where_its_weights_are_at_hand(runs, tmp_path, monkeypatch):
     network = LPIPS(LPIPSConfig(widths=(4,) * 5, depths=(1,) * 5))
     x = jax.numpy.zeros((1, 16, 16, 3))
     perceptual = network, network.init(jax.random.key(0), x, x)
-    monkeypatch.setattr(bench, "_open_lpips", lambda files: perceptual)
+    monkeypatch.setattr(bench, "_open_lpips", lambda files: (perceptual, {"vgg": "1" * 64}))
     found = evaluate.evaluate(
         str(runs / "gpt"), str(tmp_path / "a.json"), **SCORED | {"samples": 8}, asked=asked(memorisation=4)
     )
+    assert found["definition"]["lpips_sha256"] == {"vgg": "1" * 64}
     assert found["val_lpips"] > 0 and found["val_lpips_stderr"] > 0
     assert 0 <= found["memorisation_closer_lpips"] <= 1 and found["memorisation_samples"] == 4
 
@@ -188,6 +192,10 @@ def test_lpips_joins_where_its_weights_are_at_hand(runs, tmp_path, monkeypatch):
     [
         (dict(strategy=Strategy(guidance=2.0)), "guidance: this model was trained without"),
         (dict(sweep="top_k=1", samples=0), "--samples=0: --sweep and --follow score samples"),
+        (dict(follow=True, sweep="top_k=1"), "--follow: .* leave out --sweep"),
+        (dict(follow=True, memorisation=4), "--memorisation=4: is of at most --samples=24, not with a sweep"),
+        (dict(memorisation=25), "--memorisation=25: is of at most --samples=24"),
+        (dict(acceptance=0.0), "acceptance: 0: is a share above 0"),
         (dict(sweep="guidance=1,3"), "guidance: this model was trained without"),
         (dict(acceptance=0.5, classifier="resnet101"), "knows ImageNet's 1000 classes, the model has 8; use small"),
         (dict(acceptance=0.5, classifier="resnet"), "--classifier=resnet: there are resnet101, resnet50, small"),

@@ -246,13 +246,13 @@ def test_many_runs_become_tables_and_curves_laid_over_each_other(tmp_path, capsy
     lines = (folder / "report.md").read_text().splitlines()
     assert lines[0].split(" | ")[1:3] == ["Reconstruction PSNR [dB]", "FID"]
     table = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:3] for line in lines[2:]}
-    assert table["short"] == ["23.5 ± 0.25", "12"] and table["fid"][1] == "**9.5**"
+    assert table["short"] == ["23.5 ± 0.25", "12"] and table["fid"][1] == "9.5"  # of no known preset
     assert table["long_run"] == ["**28**", ""] and table["sweep: top_k=1"][1] == "10"
     rows = [line.split(",") for line in (folder / "report.csv").read_text().splitlines()]
     assert rows[0][:4] == ["run", "val_psnr", "val_psnr_stderr", "fid"]
     assert ["short", "23.5", "0.25", "12.0"] in [row[:4] for row in rows]
     latex = (folder / "report.tex").read_text()
-    assert r"long\_run & \textbf{28}" in latex and r"\textbf{9.5}" in latex and "50.0 \\%" in latex
+    assert r"long\_run & \textbf{28}" in latex and "50.0 \\%" in latex
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "report.html").read_text()
     compared = page[page.index("<h2>Runs compared</h2>") : page.index("<h2>Curves</h2>")]
@@ -268,11 +268,73 @@ def test_one_run_is_not_compared_with_itself(tmp_path):
 
 def test_the_best_is_marked_by_the_figures_own_direction():
     rows = {"a": {"fid": 2.0, "val_psnr": 20.0, "samples": 5}, "b": {"fid": 3.0, "val_psnr": 30.0, "samples": 6}}
+    for figures in rows.values():
+        figures["definition"] = {"preset": "adm", "samples": 5, "reference": "train"}
+        figures["samples"] = 5
     assert tables.best_rows(rows, "fid") == {"a"} and tables.best_rows(rows, "val_psnr") == {"b"}
     assert tables.best_rows(rows, "samples") == set()
     assert tables.best_rows({"a": rows["a"]}, "fid") == set()
     rows["a"]["fid"] = float("nan")
-    assert tables.best_rows(rows | {"c": {"fid": 4.0}}, "fid") == {"b"}
+    assert tables.best_rows(rows | {"c": rows["b"] | {"fid": 4.0}}, "fid") == {"b"}
+
+
+@pytest.mark.parametrize(
+    "figure, change, marked",
+    [
+        ("fid", {}, True),
+        ("fid", {"definition": {"preset": "clean"}}, False),
+        ("fid", {"definition": {"network": {"sha256": "1"}}}, False),
+        ("fid", {"definition": {"reference": {"source": "b"}}}, False),
+        ("fid", {"definition": {"preset": None}}, False),
+        ("fid", {"samples": 20}, False),
+        ("fid", {"definition": {"data": {"path": "b"}}}, True),
+        ("rfid", {"definition": {"data": {"path": "b"}}}, False),
+        ("rfid", {"definition": {"data": {"path": "a", "threads": 8}}}, True),
+        ("rfid", {"rfid_images": 20}, False),
+        ("val_psnr", {"definition": {"preset": "clean"}}, True),
+    ],
+)
+def test_no_best_among_scores_that_were_not_made_alike(figure, change, marked):
+    said = {"preset": "adm", "network": {"sha256": "0"}, "reference": {"source": "a"}, "data": {"path": "a"}}
+    row = {"samples": 10, "rfid_images": 10, "definition": said, figure: 2.0}
+    other = row | change | {"definition": said | change.get("definition", {}), figure: 3.0}
+    assert bool(tables.best_rows({"a": row, "b": other}, figure)) == marked
+    assert tables.named("a", row) == ("a" if figure == "val_psnr" else "a [adm, 10]")
+
+
+def test_results_of_one_name_and_followed_checkpoints_have_rows_of_their_own(tmp_path):
+    said = {"preset": "clean", "reference": {}}
+    for k, run in enumerate(("a", "b")):
+        (tmp_path / run).mkdir()
+        result = {"fid": 3.0 + k, "samples": 10, "definition": said}
+        (tmp_path / run / "evaluation.json").write_text(json.dumps(result))
+    followed = [{"step": step, "scores": {"fid": 9.0, "samples": 20, "definition": said}} for step in (5, 10)]
+    (tmp_path / "follow.json").write_text(json.dumps({"rows": followed, "definition": said}))
+    swept = [{"name": "top_k=1", "scores": {"fid": 9.0, "samples": 30}, "definition": said}]
+    (tmp_path / "sweep.json").write_text(json.dumps({"rows": swept}))
+    rows = report.gather_rows([str(path) for path in sorted(tmp_path.rglob("*.json"))])
+    assert list(rows) == [
+        "a/evaluation [clean, 10]",
+        "b/evaluation [clean, 10]",
+        "follow: step 5 [clean, 20]",
+        "follow: step 10 [clean, 20]",
+        "sweep: top_k=1 [clean, 30]",
+    ]
+
+
+@pytest.mark.parametrize("preset, compared", [("adm", True), ("clean", False)])
+def test_runs_that_scored_themselves_are_compared_under_one_preset_alone(tmp_path, preset, compared):
+    for name, chosen in (("a", "adm"), ("b", preset)):
+        scored = [{"step": s, "time": 1.0, "val/fid": 5.0 / s, "val/psnr": 1.0 * s} for s in (1, 2)]
+        write_metrics(tmp_path / name, [*scored, {"step": 3, "time": 2.0, "val/fid": 1.0 + (name == "b")}])
+        config = {"fid_preset": chosen, "fid_samples": 50, "fid_reference": "train", "data": {"path": "x"}}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    assert report.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    text = (tmp_path / "report.html").read_text()
+    together = text[text.index("<h2>Runs compared</h2>") : text.index("<h2>Curves</h2>")]
+    assert ("val/fid" in together or "FID" in together) == compared and "PSNR" in together
+    table = (tmp_path / "report.md").read_text()
+    assert "| a [adm, 50] |" in table and f"| b [{preset}, 50] |" in table and ("**1**" in table) == compared
 
 
 def test_latex_escapes_what_it_would_take_for_commands():

@@ -280,11 +280,7 @@ def index_file(kind: str, path: str | os.PathLike) -> Path:
       path: the file, local or gs://. Raises OSError if there is none.
     """
     path = storage.path(path)
-    if storage.is_remote(path):
-        size, time = path.stat().length, path.stat().mtime
-    else:
-        stat = os.stat(path)
-        size, time = stat.st_size, stat.st_mtime_ns
+    size, time = storage.size_and_time(path)
     identity = f"{storage.absolute(path)} {size} {time}".encode("utf-8", "surrogateescape")
     return cache_folder() / kind / f"{hashlib.sha256(identity).hexdigest()[:24]}.npz"
 

@@ -183,8 +183,12 @@ def _look_up(
     def cell(labels: np.ndarray, codes: np.ndarray) -> np.ndarray:
         return (labels.astype(np.int64)[:, None] * length + np.arange(length)) * vocab + codes
 
-    table = np.bincount(cell(labels, codes).ravel(), minlength=classes * length * vocab)
-    return table[cell(new_labels, new_codes)], np.bincount(labels, minlength=classes)[new_labels][:, None]
+    # Only the cells that occur: the whole table of 1000 classes and 16384 codes would take tens of gigabytes.
+    known, counts = np.unique(cell(labels, codes), return_counts=True)
+    wanted = cell(new_labels, new_codes)
+    at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    found = np.where(known[at] == wanted, counts[at], 0)
+    return found, np.bincount(labels, minlength=classes)[new_labels][:, None]
 
 
 def _smoothed_nll(counts: np.ndarray, totals: np.ndarray, constant: float, vocab: int) -> float:

@@ -130,7 +130,7 @@ class _Collector:
             count=self._count,
             pool=pool.gaussian(),
             spatial=spatial.gaussian(),
-            features=self._gather_features(),
+            features=self._gather_features() if self._kept.any() else None,
             score=score,
         )
 
@@ -186,7 +186,7 @@ def collect_pairs(
       extract: the extractor.
       count: of the originals.
       source: what they are.
-      keep: feature vectors kept of either.
+      keep: feature vectors kept of either; 0 for none, and no precision, recall and KID.
 
     Returns:
       (originals, reconstructions).
@@ -305,7 +305,7 @@ def _of_another_tool(
     where: str, names: set[str], extract: Extractor, cache: Any | None, keep: int, preset_stated: bool, key: str
 ) -> Statistics:
     """Statistics that do not say their preset: ADM's format is its tool's, of the bare ones a person has to know."""
-    preset, adm = extract.preset.name, "mu_s" in names
+    preset, adm = extract.preset.name, {"mu_s", "sigma_s"} <= names
     if adm and preset != "adm":
         raise UserError(f"{key}={where}: is a reference batch of ADM; use --preset=adm, not {preset}")
     if not (adm or preset_stated):
@@ -337,7 +337,7 @@ def compare(samples: Statistics, reference: Statistics) -> dict[str, float]:
       fid, sfid, precision, recall, kid_mean, kid_std, is_mean, is_std; samples, reference_samples: the counts, as far
       as they are known; samples_compared, reference_compared: feature vectors behind precision, recall and KID;
       kid_subset_size; and, each 1.0 and only where it holds, rank_deficient (too few pictures for the covariance: fid
-      is biased upwards and compares with nothing of another count), reference_unverified (see Statistics).
+      is biased upwards and compares with nothing of another count), reference_unverified (of either: see Statistics).
 
     Raises:
       UserError: other presets, other networks or other numbers of features.
@@ -382,5 +382,5 @@ def _scores(samples: Statistics, reference: Statistics) -> Iterator[tuple[str, f
         yield "reference_samples", float(reference.count)
     if any(distances.rank_deficient(side.pool, side.count) for side in (samples, reference)):
         yield "rank_deficient", 1.0
-    if reference.unverified:
+    if reference.unverified or samples.unverified:
         yield "reference_unverified", 1.0

@@ -22,6 +22,7 @@ Batches = Iterable[Mapping[str, np.ndarray]]
 Tree = Any
 
 
+@functools.lru_cache(maxsize=4)  # a jit of its own would compile anew at every score inside a training
 def reconstruction_step(model: VQGAN, perceptual: LPIPS | None = None) -> Callable[..., tuple[Any, jax.Array, Any]]:
     """Returns the jitted `step(variables, lpips, batch) -> (metrics, reconstructions, lpips values)` of a VQGAN of
     pictures: the batch's ReconstructionMetrics, uint8 [b, h, w, c], and a PerImage of LPIPS distances (None without

@@ -12,8 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from PIL import Image
 
 from vqgan_jax import images, storage
@@ -21,7 +23,7 @@ from vqgan_jax.config import UserError, differences
 
 RECORD, ARRAYS, SHEET = "sampling.json", "samples.npz", "grid.png"
 THREADS = 8
-_WAITING = 512  # pictures in memory at most, while the threads compress
+_WAITING, _WAITING_BYTES = 512, 1 << 30  # pictures in memory at most, while the threads compress
 
 
 class SampleFolder:
@@ -32,7 +34,7 @@ class SampleFolder:
     """
 
     def __init__(self, folder: epath.Path, settings: Mapping[str, Any]):
-        """Opens the folder, and records the settings in it if it is new.
+        """Opens the folder, and records the settings in it if it holds no pictures yet. Called by all hosts together.
 
         Args:
           folder: exists.
@@ -42,15 +44,22 @@ class SampleFolder:
           UserError: it holds pictures of other settings.
         """
         self._folder = folder
-        record = folder / RECORD
-        self.done: set[int] = set()
-        if record.exists():
-            if found := differences(settings, json.loads(record.read_text())):
-                raise UserError(f"--out={folder}: holds samples of other settings: {'; '.join(found)}. Name another")
-            names = (path.name for path in folder.iterdir())
-            self.done = {int(name[:-4]) for name in names if re.fullmatch(r"\d{6,}\.png", name)}
-        else:
-            storage.write_json(record, settings)
+        record, names = folder / RECORD, [path.name for path in folder.iterdir()]
+        self.done = {int(name[:-4]) for name in names if re.fullmatch(r"\d{6,}\.png", name)}
+        recorded = json.loads(record.read_text()) if record.exists() else {}
+        found = differences(settings, recorded)
+        others = bool(found and recorded and self.done)
+        if multihost_utils.process_allgather(np.array(others)).any():  # before any host writes
+            raise UserError(f"--out={folder}: holds samples of other settings: {'; '.join(found)}. Name another")
+        if found:  # pictures without a record are nobody's
+            self.done = set()
+        if jax.process_index() == 0:
+            for name in names:  # what a killed process was writing
+                if re.fullmatch(r"\.\d+\.tmp\..*", name):
+                    (folder / name).unlink(missing_ok=True)
+            if found:
+                storage.write_json(record, settings)
+        multihost_utils.sync_global_devices("the folder of samples is open")
 
     def __enter__(self) -> "SampleFolder":
         self._threads = ThreadPoolExecutor(THREADS)
@@ -70,15 +79,15 @@ class SampleFolder:
     def write(self, index: int, picture: np.ndarray) -> None:
         """Writes one uint8 picture in the background, whole or not at all; waits where too many are waiting."""
         self._writing.append(self._threads.submit(images.save_png, self.path(index), picture))
-        while len(self._writing) > _WAITING:
+        while len(self._writing) > min(_WAITING, max(THREADS, _WAITING_BYTES // picture.nbytes)):
             self._writing.popleft().result()
 
     def read(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
         """Written pictures in this order, uint8 [h, w, c], few in memory at a time."""
         indices = [int(index) for index in indices]
         with ThreadPoolExecutor(THREADS) as threads:
-            for start in range(0, len(indices), _WAITING):
-                yield from threads.map(self._read, indices[start : start + _WAITING])
+            for start in range(0, len(indices), THREADS):
+                yield from threads.map(self._read, indices[start : start + THREADS])
 
     def write_arrays(self, number: int, **arrays: np.ndarray) -> None:
         """Writes samples.npz: `arr_0` uint8 [number, h, w, c], read back picture by picture, and other arrays."""

@@ -121,7 +121,7 @@ class LargeSampler:
         ids: jax.Array | None = None,
         position: int = 0,
     ) -> Iterator[tuple[jax.Array, int]]:
-        """Yields the ids int32 [b, H, W] after each part, and the position it has reached.
+        """Yields the ids int32 [b, H, W] after each part, valid until the next is asked for, and the position reached.
 
         Args:
           params: split.
@@ -160,7 +160,7 @@ class LargeSampler:
         most = max(len(windows) for windows, _ in batches)
         for number, (windows, block) in enumerate(batches, 1):
             inner = block[0] and block[1]
-            count = -(-(most if inner else 1) // self._multiple) * self._multiple
+            count = -(-(most if inner else len(windows)) // self._multiple) * self._multiple
             top, left = np.resize(np.asarray(windows, np.int32), (count, 2)).T
             yield number, (top, left, block)
 

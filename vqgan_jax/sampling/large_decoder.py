@@ -148,7 +148,7 @@ def device_budget(share: float = 0.8) -> int:
     """Bytes of memory that a conversion may use on each device: a share of it, or of the machine's on a CPU."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"] * share)
+        return int((stats["bytes_limit"] - stats.get("bytes_in_use", 0)) * share)
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * share / jax.local_device_count() / 2)
 
 

@@ -22,7 +22,7 @@ def make_sampler(model: ImageTransformer, grid: tuple[int, int], centre: str = "
 
     `split_params` are those of `gpt.split_layers`; `condition_bt` local condition ids, of the whole grid [b, H * W]
     where the condition is spatial; `keys` one a row; `given` None or (ids, mask), both [b, H, W]; `leading` (static)
-    from `leading_given`, 0 beyond the trained grid.
+    from `leading_given`; beyond the trained grid there is no such argument.
 
     Args:
       model: the stage-2 model.

@@ -40,7 +40,8 @@ class Strategy:
       interval: guidance acts on token i of n where interval[0] <= i / n < interval[1].
       greedy: take the likeliest always.
       schedule: how the scale grows from 1 over the tokens, a name of RAMPS; "constant" has it whole from the start.
-      edit: a last word on the (guided) logits: `(logits [b, v], ids so far [b, n], i) -> logits`.
+      edit: a last word on the (guided) logits: `(logits [b, v], ids so far [b, n], i) -> logits`; of block windows ids
+        are the window's, and i is one a row [b], counted over the picture.
       kind: "plain" filters by min-p alone; "top_k" ranks MOST_K tokens, and a larger k counts as MOST_K; "ranked" all.
       guided: whether the sampler runs the null condition too.
     """

@@ -16,6 +16,7 @@ from vqgan_jax.evals.features import PRESETS, Extractor, FeatureNet, make_extrac
 from vqgan_jax.evals.references import Statistics, cached, collect, open_reference
 from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.scoring import pictures, result
+from vqgan_jax.scoring.fingerprint import fingerprint
 from vqgan_jax.train import setup
 
 DEFAULT_PRESET = "adm"  # what published ImageNet scores are made with
@@ -32,6 +33,7 @@ class Bench:
     extract: features under a preset, or None where no feature score is asked for.
     preset_stated: whether a person chose the preset.
     perceptual: LPIPS and its variables, or None.
+    perceptual_sha256: of the files that LPIPS comes from, by their keys.
     cache: folder of reference statistics; None for none.
     """
 
@@ -41,6 +43,7 @@ class Bench:
     extract: Extractor | None = None
     preset_stated: bool = False
     perceptual: tuple[LPIPS, Any] | None = None
+    perceptual_sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cache: Any | None = None
 
     def reference(self, where: str, data: setup.Data | None, config: ConfigDict | None) -> Statistics:
@@ -61,7 +64,7 @@ class Bench:
         out, 0 for all. Kept in the cache."""
         source = getattr(data, split)
         count = min(limit or len(source), len(source))
-        identity = result.describe_data(config, split, count)
+        identity = result.describe_data(config, split, count) | {"files_sha256": fingerprint(source, config.data)}
 
         def make() -> Statistics:
             batches = setup.evaluation_batches(self.batch, self.mesh, source, data.val_transform, limit)
@@ -79,6 +82,7 @@ def open_bench(
     mesh: Mesh | None = None,
     features: bool = False,
     preset: str = "",
+    preset_key: str = "--preset",
     inception_weights: str = "",
     flag: str = "--inception_weights",
     net: FeatureNet | None = None,
@@ -93,6 +97,7 @@ def open_bench(
       mesh: of a run; None for one of all devices along `data`.
       features: whether FID and its kin are asked for.
       preset: a name in PRESETS, "" for the default.
+      preset_key: that names it, for errors.
       inception_weights: a local file; "" for the cached or downloaded one.
       flag: that names the file, for errors.
       net: another feature network than Inception (tests).
@@ -108,19 +113,21 @@ def open_bench(
         batch = -(-batch // mesh.size) * mesh.size
     extract = None
     if features:
-        chosen = choose("--preset", preset or DEFAULT_PRESET, PRESETS)
-        net = net or networks.load_inception(weights.fetch("inception", inception_weights, flag="--inception_weights"))
+        chosen = choose(preset_key, preset or DEFAULT_PRESET, PRESETS)
+        net = net or networks.load_inception(weights.fetch("inception", inception_weights, flag=flag))
         extract = make_extractor(net, chosen, mesh, batch // jax.process_count())
-    perceptual = _open_lpips(lpips) if lpips is not None else None
-    return Bench(mesh, batch, seed, extract, bool(preset), perceptual, cache)
+    perceptual, digests = _open_lpips(lpips) if lpips is not None else (None, {})
+    return Bench(mesh, batch, seed, extract, bool(preset), perceptual, digests, cache)
 
 
-def _open_lpips(files: Mapping[str, str]) -> tuple[LPIPS, Any] | None:
+def _open_lpips(files: Mapping[str, str]) -> tuple[tuple[LPIPS, Any] | None, dict[str, str]]:
+    """LPIPS and its variables, and the SHA-256 of its files by their keys."""
     cached = [(weights.cache_folder() / weights.REGISTRY[name].filename).is_file() for name in _LPIPS_FILES]
     if not (any(files.values()) or all(cached)):
-        return None
-    vgg, heads = (weights.fetch(name, files.get(key), flag=f"--lpips_{key}") for name, key in _LPIPS_FILES.items())
-    return LPIPS(), networks.load_lpips(vgg, heads)
+        return None, {}
+    found = {key: weights.fetch(name, files.get(key), flag=f"--lpips_{key}") for name, key in _LPIPS_FILES.items()}
+    digests = {key: storage.sha256(file) for key, file in found.items()}
+    return (LPIPS(), networks.load_lpips(found["vgg"], found["heads"])), digests
 
 
 def statistics_cache() -> Any:

@@ -14,20 +14,24 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from vqgan_jax import storage
+from vqgan_jax import parallel, storage
 from vqgan_jax.config import UserError
+from vqgan_jax.scoring.sweeps import digest
 from vqgan_jax.train import checkpoints
 from vqgan_jax.train.setup import CHECKPOINTS
 
 BEST, RECORD = "best_fid", "best.json"  # in the workdir
 METRICS = ("fid", "rfid")
+# A checkpoint in memory: what gives its figures, `fid` or `rfid` among them, and what copies its networks to a folder.
+Opened = tuple[Callable[[], Mapping[str, Any]], Callable[[epath.Path], None]]
 
 
 def follow(
     workdir: epath.Path,
-    score: Callable[[int], tuple[Mapping[str, Any], Callable[[epath.Path], None]]],
+    read: Callable[[int], Opened],
     out: epath.Path,
     *,
+    definition: Mapping[str, Any],
     total: int,
     timeout: float,
     poll: float = 10.0,
@@ -38,9 +42,10 @@ def follow(
 
     Args:
       workdir: of the run, which may still go on.
-      score: completed steps of a checkpoint -> its figures, `fid` or `rfid` among them, and a function that copies its
-        networks to a folder. It reads the checkpoint once, for the trainer may delete it any time.
+      read: completed steps of a checkpoint -> the checkpoint. It reads all it will ever need of the files, for the
+        trainer may delete them any time, and meets no other host, for one of them may fail alone.
       out: JSON file of all rows; those it holds are not scored again.
+      definition: all that defines the scores besides the checkpoint.
       total: steps of the whole run.
       timeout: seconds without a new checkpoint after which to give up; 0 to end once all there are scored.
       poll: seconds between looks.
@@ -48,27 +53,41 @@ def follow(
       sleep: waits.
 
     Returns:
-      {"rows": [{"step", "scores"}], "best": {"step", metric, "path"}, "workdir"}.
+      {"rows": [{"step", "scores"}], "best": {"step", metric, "path", "key"}, "definition", "key", "workdir"}; `key` is
+      the digest of the definition.
 
     Raises:
-      UserError: no checkpoint came at all.
+      UserError: no checkpoint came at all, or `out` or the workdir's best is of another definition.
     """
-    rows = {row["step"]: row for row in _read(out).get("rows", [])}
+    key = digest({"definition": definition})
+    found, kept = parallel.of_first_host(lambda: [_read(out), _read(workdir / RECORD)])
+    if found.get("rows") and found.get("key") != key:
+        raise UserError(f"--out={out}: holds scores of other data or settings, or no followed run; name another file")
+    if kept and kept.get("key") != key:
+        raise UserError(
+            f"--workdir={workdir}: {RECORD} and {BEST} were chosen by other data or settings; move both away"
+        )
+    rows = {row["step"]: row for row in found.get("rows", [])}
     gone: set[int] = set()
     last = clock()
     while not (rows and max(rows) >= total):
         waiting = [step for step in _sealed(workdir) if step not in rows and step not in gone]
         for step in waiting:
-            try:
-                scores, save = score(step)
-            except (UserError, OSError) as error:
+            opened, error = _try(read, step)
+            if error is not None:
+                sleep(poll)  # the trainer deletes file by file: what is still whole after that was not being deleted
                 if step in _sealed(workdir):
-                    raise
+                    raise error
                 gone.add(step)
                 _say(f"step {step}: deleted before it was read ({error})")
                 continue
-            rows[step] = {"step": step, "scores": dict(scores)}
-            _record(workdir, out, rows, step, save)
+            score, save = opened
+            rows[step] = {"step": step, "scores": dict(score())}
+            kept = _keep_best(workdir, rows[step], kept, key, save)
+            ordered = [rows[k] for k in sorted(rows)]
+            found = {"rows": ordered, "best": kept, "definition": definition, "key": key, "workdir": str(workdir)}
+            if jax.process_index() == 0:
+                storage.write_json(out, found)
             last = clock()
         if not waiting:
             if _expired(clock() - last, timeout):
@@ -77,47 +96,55 @@ def follow(
     if not rows:
         raise UserError(f"--workdir={workdir}: no checkpoint came within {timeout:g} s")
     _say(f"the run is finished: {total} steps" if max(rows) >= total else f"no new checkpoint for {timeout:g} s")
-    return _read(out)
+    return found
 
 
 def _expired(waited: float, timeout: float) -> bool:
     """Whether to give up; hosts agree, for their clocks do not."""
-    expired = waited >= timeout
+    return parallel.of_first_host(lambda: waited >= timeout)
+
+
+def _try(read: Callable[[int], Opened], step: int) -> tuple[Opened | None, Exception | None]:
+    """The checkpoint, or why it could not be read; an error on every host where one of them has one."""
+    opened, error = None, None
+    try:
+        opened = read(step)
+    except Exception as problem:  # a file may vanish under any of its readers
+        error = problem
     if jax.process_count() > 1:
-        expired = bool(multihost_utils.broadcast_one_to_all(np.asarray(expired)))
-    return expired
+        failed = multihost_utils.process_allgather(np.asarray(error is not None))
+        if error is None and failed.any():
+            error = UserError(f"step {step}: could not be read by host {int(np.argmax(failed))}")
+    return opened, error
 
 
 def _sealed(workdir: epath.Path) -> list[int]:
     """Steps of whole checkpoints, ascending, as the first host sees them."""
-    folder = workdir / CHECKPOINTS
-    found = []
-    if jax.process_index() == 0 and folder.is_dir():
-        names = [path.name for path in folder.iterdir() if path.name.isdigit()]
-        found = sorted(int(name) for name in names if (folder / name / checkpoints.MANIFEST).exists())
-    if jax.process_count() > 1:
-        padded = np.full(1024, -1, np.int32)
-        padded[: len(found)] = found[-1024:]
-        found = [int(step) for step in multihost_utils.broadcast_one_to_all(padded) if step >= 0]
-    return found
+
+    def look() -> list[int]:
+        folder = workdir / CHECKPOINTS
+        names = [path.name for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+        return sorted(int(name) for name in names if (folder / name / checkpoints.MANIFEST).exists())
+
+    return parallel.of_first_host(look)
 
 
-def _record(
-    workdir: epath.Path, out: epath.Path, rows: dict[int, dict[str, Any]], step: int, save: Callable[[epath.Path], None]
-) -> None:
-    """Writes the rows, and the networks of `step` where it is the best so far."""
-    if jax.process_index() == 0:
-        scores = rows[step]["scores"]
-        metric = next(name for name in METRICS if name in scores)
-        best = min(rows.values(), key=lambda row: row["scores"].get(metric, np.inf))["step"]
-        _say(f"step {step}: {metric} {scores[metric]:.4g}{' (best so far)' if best == step else ''}")
-        if best == step:
+def _keep_best(
+    workdir: epath.Path, row: Mapping[str, Any], kept: dict[str, Any], key: str, save: Callable[[epath.Path], None]
+) -> dict[str, Any]:
+    """The record of the best checkpoint, `row` being the newest scored; its networks are written where it is that."""
+    step, scores = row["step"], row["scores"]
+    metric = next(name for name in METRICS if name in scores)
+    better = scores[metric] < kept.get(metric, np.inf)
+    _say(f"step {step}: {metric} {scores[metric]:.4g}{' (best so far)' if better else ''}")
+    if better:
+        kept = {"step": step, metric: scores[metric], "path": str(workdir / BEST), "key": key}
+        if jax.process_index() == 0:
             save(workdir / BEST)
-            storage.write_json(workdir / RECORD, {"step": step, metric: scores[metric], "path": str(workdir / BEST)})
-        ordered = [rows[k] for k in sorted(rows)]
-        storage.write_json(out, {"rows": ordered, "best": _read(workdir / RECORD), "workdir": str(workdir)})
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"recorded {step}")
+            storage.write_json(workdir / RECORD, kept)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"kept {step}")
+    return kept
 
 
 def _read(path: epath.Path) -> dict[str, Any]:

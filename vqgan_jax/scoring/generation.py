@@ -1,6 +1,7 @@
 """How good and how diverse a transformer's samples are: drawn on all devices and hosts and scored at once."""
 
 import functools
+import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from vqgan_jax.config import UserError
 from vqgan_jax.evals.conditional import CHECKS
 from vqgan_jax.evals.features import Images
 from vqgan_jax.evals.progress import watched
-from vqgan_jax.evals.references import Statistics, collect, compare
+from vqgan_jax.evals.references import KEEP, Statistics, collect, compare
 from vqgan_jax.evals.rejection import accepted, labels_to_draw
 from vqgan_jax.sampling.strategies import Strategy
 from vqgan_jax.scoring import judges as judging
@@ -85,6 +86,7 @@ class Generation:
         classifier: str = "",
         classifier_weights: str = "",
         judged: bool = True,
+        keep: int = KEEP,
     ):
         """Classifiers are read or trained when they are first needed.
 
@@ -97,12 +99,13 @@ class Generation:
           classifier: that rejects, see judges.choose_classifier.
           classifier_weights: its file.
           judged: whether to ask if samples show what was asked for.
+          keep: feature vectors for precision, recall and KID; 0 leaves these out.
         """
         self._trained, self._data, self._bench = trained, data, bench
         self.count, self.reference = count, reference
         self._classifier = classifier, classifier_weights
         self.conditions = Conditions(trained, data, count)
-        self._judged = judged
+        self._judged, self._keep = judged, keep
 
     @functools.cached_property
     def _small(self) -> tuple[Any, float]:
@@ -136,9 +139,16 @@ class Generation:
         """Scores other parameters of the same model (stacked, as trained) from now on."""
         self._trained = self._trained.with_params(params)
 
+    def release(self) -> None:
+        """Frees the parameters on the devices until the next `update`."""
+        self._trained = self._trained.with_params(None)
+        gc.collect()  # what was placed on the devices lies in a cycle
+
     def check(self, setting: sweeps.Setting) -> None:
         """Raises UserError for a setting that this model cannot be sampled with, or whose classifier cannot be had."""
         strategy, rate = sweeps.split(setting)
+        if not 0 < rate <= 1:
+            raise UserError(f"acceptance: {rate:g}: is {sweeps.SETTINGS[sweeps.ACCEPTANCE][2]}")
         if strategy.guided:
             _ = self._trained.model.null_condition
         if rate < 1:
@@ -207,7 +217,8 @@ class Generation:
                 pass
         else:
             source = {"samples": self.define(setting)}
-            samples = collect(drawn, self._bench.extract, count=self.count, source=source, what="samples")
+            extract = self._bench.extract
+            samples = collect(drawn, extract, count=self.count, source=source, keep=self._keep, what="samples")
             found = figures(samples, self.reference)
         for judge in judges:
             found |= judge.result()

@@ -60,7 +60,7 @@ def score(samples: np.ndarray, data: setup.Data, bench: Bench) -> tuple[dict[str
         apply = jax.jit(network.apply)
 
         def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-            with jax.set_mesh(bench.mesh.local_mesh):
+            with jax.set_mesh(bench.mesh.local_mesh), jax.default_matmul_precision("highest"):  # as val_lpips
                 return np.asarray(apply(variables, from_uint8(a), from_uint8(b)))
 
         by_lpips, best = memorisation.nearest_by(distance, queries, indices, read)

@@ -8,7 +8,7 @@ import numpy as np
 from vqgan_jax import images, parallel
 from vqgan_jax.evals.codes import PerImage, mean_and_error
 from vqgan_jax.evals.progress import watched
-from vqgan_jax.evals.references import collect_pairs, compare
+from vqgan_jax.evals.references import Statistics, collect_pairs, compare
 from vqgan_jax.evals.runner import merge, reconstruction_scorer, reconstruction_step
 from vqgan_jax.images import to_uint8
 from vqgan_jax.models.vqgan import VQGAN
@@ -19,7 +19,14 @@ from vqgan_jax.train import setup
 Tree = Any
 
 
-def score(model: VQGAN, variables: Tree, data: setup.Data, bench: Bench, examples: int) -> dict[str, Any]:
+def score(
+    model: VQGAN,
+    variables: Tree,
+    data: setup.Data,
+    bench: Bench,
+    examples: int,
+    reference: Statistics | None = None,
+) -> dict[str, Any]:
     """The scores of a stage on the held-out split.
 
     Args:
@@ -28,10 +35,12 @@ def score(model: VQGAN, variables: Tree, data: setup.Data, bench: Bench, example
       data: the data set; its validation split is scored.
       bench: devices and networks; LPIPS and rFID only where it has theirs.
       examples: at most so many, spread out; 0 for all.
+      reference: another set that the reconstructions are compared with.
 
     Returns:
       val_psnr, val_psnr_p10, val_ssim, val_l1, codebook_usage, codebook_perplexity, val_images (segmentations: val_bce,
-      val_accuracy), val_lpips, each mean with its NAME_stderr; rfid and rsfid against the same pictures, rfid_images.
+      val_accuracy), val_lpips, each mean with its NAME_stderr; rfid and rsfid against the same pictures, rfid_images;
+      rfid_reference against `reference`.
     """
     batches = setup.evaluation_batches(bench.batch, bench.mesh, data.val, data.val_transform, examples)
     if model.config.input_key != "image":
@@ -60,10 +69,12 @@ def score(model: VQGAN, variables: Tree, data: setup.Data, bench: Bench, example
     else:
         source = {"split": "val", "images": count}
         originals, rebuilt = collect_pairs(
-            watched(pairs(), count, "reconstructions"), bench.extract, count=count, source=source
+            watched(pairs(), count, "reconstructions"), bench.extract, count=count, source=source, keep=0
         )
         found = compare(rebuilt, originals)
         features = {f"r{name}": found[name] for name in ("fid", "sfid") if name in found} | {"rfid_images": count}
+        if reference is not None:
+            features["rfid_reference"] = compare(rebuilt, reference)["fid"]
     result = _named(merge(scores)) | features
     if distances:
         whole = distances[0]

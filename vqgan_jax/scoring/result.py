@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 import vqgan_jax
-from vqgan_jax import storage
+from vqgan_jax import cli, storage
 from vqgan_jax.config import UserError, plain
 from vqgan_jax.evals.features import Extractor
 
@@ -37,6 +38,8 @@ def describe_features(extract: Extractor) -> dict[str, Any]:
 def describe_data(config: ConfigDict, split: str, examples: int) -> dict[str, Any]:
     """A split of a config's data set; how it is read in parallel does not define it."""
     data = {name: value for name, value in plain(config.data).items() if name not in ("threads", "processes")}
+    if data.get("path"):
+        data["path"] = str(storage.absolute(data["path"]))
     return {"data": data, "split": split, "images": examples}
 
 
@@ -55,6 +58,15 @@ def define(**parts: Any) -> dict[str, Any]:
     device = jax.devices()[0]
     given = {name: part for name, part in parts.items() if part is not None}
     return {**given, "versions": versions(), "devices": f"{jax.device_count()} x {device.device_kind}"}
+
+
+def check_out(out: str) -> epath.Path:
+    """The file that --out names. Raises UserError where it cannot be written."""
+    path = storage.path(out)
+    if path.is_dir():
+        raise UserError(f"--out={out}: is a folder; name the JSON file to write")
+    cli.check_workdir(str(path.parent), "--out")
+    return path
 
 
 def publish(result: dict[str, Any], out: str | os.PathLike) -> dict[str, Any]:

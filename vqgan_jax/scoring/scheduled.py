@@ -22,16 +22,19 @@ Scorer = Callable[[Any, int], Mapping[str, float]]
 _RANKS = ("val/fid", "val/rfid")
 
 
-def is_on(config: ConfigDict) -> bool:
-    """Whether a run scores itself. Raises UserError where the best checkpoint could not be told by it."""
-    on = str(config.fid_every).strip().rstrip("%") not in ("", "0")
-    ranked = config.checkpoint.best_metric in _RANKS
-    if ranked and (not on or str(config.fid_every) != str(config.eval_every)):
+def is_on(config: ConfigDict, examples: int) -> bool:
+    """Whether a run over so many training examples scores itself. Raises UserError where the best checkpoint could not
+    be told by it."""
+    durations = setup.Durations(config, examples)
+    every, evaluated = (
+        durations.steps(config[key], f"config.{key}", at_least=1) for key in ("fid_every", "eval_every")
+    )
+    if config.checkpoint.best_metric in _RANKS and (not every or every != evaluated):
         raise UserError(
             f"config.fid_every: '{config.fid_every}', but the best checkpoint is told by "
             f"{config.checkpoint.best_metric}; set it to config.eval_every, '{config.eval_every}'"
         )
-    return on
+    return every > 0
 
 
 def _bench(config: ConfigDict, mesh: Mesh, net: FeatureNet | None) -> Bench:
@@ -41,6 +44,7 @@ def _bench(config: ConfigDict, mesh: Mesh, net: FeatureNet | None) -> Bench:
         mesh=mesh,
         features=True,
         preset=config.fid_preset,
+        preset_key="config.fid_preset",
         inception_weights=config.fid_weights,
         flag="--config.fid_weights",
         net=net,
@@ -69,7 +73,7 @@ def stage_1(
     Raises:
       UserError: weights that cannot be had, or a model of something else than pictures.
     """
-    if not is_on(config):
+    if not is_on(config, len(data.train)):
         return None
     if model.config.input_key != "image":
         raise UserError(f"config.fid_every: a model of '{model.config.input_key}' has no FID; set it to 0")
@@ -104,7 +108,7 @@ def stage_2(
       params: state -> parameters of the sampled transformer.
       net: another feature network than Inception (tests).
     """
-    if not is_on(config):
+    if not is_on(config, len(data.train)):
         return None
     bench = _bench(config, mesh, net)
     setting = {name: value for name, value in config.sampling.items()}
@@ -116,11 +120,13 @@ def stage_2(
             images = open_images() if config.fid_reference in SPLITS else None
             reference = bench.reference(config.fid_reference, images, config)
             trained = TrainedTransformer(model, host, stages.frozen, stages, {})
-            prepared.append(
-                Generation(trained, data, bench, count=config.fid_samples, reference=reference, judged=False)
-            )
+            count = config.fid_samples
+            prepared.append(Generation(trained, data, bench, count=count, reference=reference, judged=False, keep=0))
         prepared[0].update(host)
-        found, _ = prepared[0].score(setting)
+        try:
+            found, _ = prepared[0].score(setting)
+        finally:
+            prepared[0].release()  # training needs the memory
         return {"fid": found["fid"]} | ({"is": found["is_mean"]} if "is_mean" in found else {})
 
     return score

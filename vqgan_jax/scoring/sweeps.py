@@ -13,12 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 
-from vqgan_jax import storage
+from vqgan_jax import parallel, storage
 from vqgan_jax.config import UserError, suggest
 from vqgan_jax.sampling.strategies import RAMPS, Strategy
 
@@ -86,7 +84,7 @@ def run(
     settings: Iterable[Setting],
     score: Callable[[Setting], Mapping[str, Any]],
     out: epath.Path,
-    definition: Mapping[str, Any],
+    define: Callable[[Setting], Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Scores every setting and writes the result after each; rows that `out` holds of this very definition are kept.
 
@@ -94,26 +92,28 @@ def run(
       settings: as `parse` gives them.
       score: a setting -> its figures.
       out: the JSON file; beside it, with its stem, NAME.csv and NAME.png.
-      definition: all that defines a row besides its setting.
+      define: a setting -> all that defines its row: checkpoint, data, networks, seed.
 
     Returns:
-      {"rows": [{"name", "setting", "key", "scores"}], "best": the name of the row with the lowest FID, "definition"}.
+      {"rows": [{"name", "setting", "key", "scores", "definition"}], "best": the name of the row with the lowest FID,
+      "earlier": rows that `out` held and these settings did not ask for (yet)}.
     """
     settings = list(settings)
-    done = _finished(out)
+    done = parallel.of_first_host(lambda: _finished(out))  # hosts must not part over what each finds in a file
     rows: list[dict[str, Any]] = []
     for number, setting in enumerate(settings, 1):
+        definition = dict(define(setting))
         key = digest({"setting": setting, "definition": definition})
-        known = key in done
-        if jax.process_count() > 1:  # hosts must not part over what each finds in a file
-            known = bool(multihost_utils.broadcast_one_to_all(np.asarray(known)))
-        if known:
-            rows.append(done[key])
+        if key in done:
             _say(f"[{number}/{len(settings)}] {name_of(setting)}: done before")
         else:
             _say(f"[{number}/{len(settings)}] {name_of(setting)}")
-            rows.append({"name": name_of(setting), "setting": setting, "key": key, "scores": dict(score(setting))})
-        result = {"rows": rows, "best": best(rows), "definition": dict(definition)}
+            row = {"name": name_of(setting), "key": key, "scores": dict(score(setting)), "definition": definition}
+            done[key] = row
+        rows.append(done[key] | {"setting": setting})  # not as JSON keeps it, which makes lists of tuples
+        reached = {row["key"] for row in rows}
+        earlier = [row for key, row in done.items() if key not in reached]
+        result = {"rows": rows, "best": best(rows), "earlier": earlier}
         if jax.process_index() == 0:
             storage.write_json(out, result)
     if jax.process_index() == 0:
@@ -133,8 +133,8 @@ def digest(value: Any) -> str:
 
 def _finished(out: epath.Path) -> dict[str, dict[str, Any]]:
     try:
-        rows = json.loads(out.read_text()).get("rows", [])
-        return {row["key"]: row for row in rows}
+        found = json.loads(out.read_text())
+        return {row["key"]: row for name in ("earlier", "rows") for row in found.get(name, [])}
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return {}
 
@@ -186,7 +186,7 @@ def _plot(path: epath.Path, rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
     values = {name: sorted({row["setting"][name] for row in rows}, key=str) for name in rows[0]["setting"]}
-    axis = max(values, key=lambda name: (len(values[name]), -list(values).index(name)))
+    axis = max(values.keys() & SETTINGS, key=lambda name: (len(values[name]), -list(values).index(name)))
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(name_of({k: v for k, v in row["setting"].items() if k != axis}), []).append(row)

@@ -1,5 +1,6 @@
 """A checkpoint of a workdir on its data set, and all that can be scored of it: one class a kind of model."""
 
+import json
 from typing import Any
 
 import jax
@@ -8,7 +9,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vqgan_jax import images, pretrained
-from vqgan_jax.config import plain
+from vqgan_jax.config import UserError, plain, upgrade_config
+from vqgan_jax.evals.references import Statistics
 from vqgan_jax.scoring import likelihood, memorisation, reconstruction, result, sweeps
 from vqgan_jax.scoring.bench import Bench
 from vqgan_jax.scoring.generation import Generation
@@ -24,13 +26,17 @@ class ScoredVQGAN:
         self.config, self.bench = config, bench
         tokenizer, self.variables, self._trained = pretrained.load_tokenizer(path, key="--workdir", step=step)
         self.model, self.record = tokenizer.model, self._trained.record
+        if bench.extract is not None and tokenizer.config.input_key != "image":
+            raise UserError(f"--workdir={path}: a model of '{tokenizer.config.input_key}' has no FID")
         self.data = setup.open_data(config, (tokenizer.config.input_key,), factor=tokenizer.factor)
 
-    def score(self, examples: int, folder: epath.Path | None = None) -> dict[str, Any]:
-        """Every score of `examples` held-out images (0: all); pictures of them go to `folder`."""
-        return score_stage(self.model, self.variables, self.data, self.bench, examples, folder) | {
-            result.DEFINITION: _define(self, self.variables, examples=examples)
-        }
+    def score(self, examples: int, folder: epath.Path | None = None, reference: str = "") -> dict[str, Any]:
+        """Every score of `examples` held-out images (0: all), `rfid_reference` among them where another set is named;
+        pictures of them go to `folder`."""
+        theirs = self.bench.reference(reference, self.data, self.config) if reference else None
+        found = score_stage(self.model, self.variables, self.data, self.bench, examples, folder, theirs)
+        against = {**theirs.source, "images": theirs.count} if theirs else None
+        return found | {result.DEFINITION: _define(self, self.variables, examples=examples, reference=against)}
 
     def save(self, folder: epath.Path) -> None:
         """Writes the VQGAN, EMA parameters as the parameters."""
@@ -90,34 +96,51 @@ class ScoredTransformer:
                 memory, sheet = memorisation.score(kept, self.data, self.bench)
                 found |= memory
                 save_first(folder / "nearest.png", sheet)
-        return found | {
-            result.DEFINITION: _define(self, self.trained.params, dtype=self.dtype, examples=examples, **drawn)
-        }
+        return found | {result.DEFINITION: self._define(examples=examples, **drawn)}
 
     def sweep(self, generation: Generation, settings: list[sweeps.Setting], out: epath.Path) -> dict[str, Any]:
         """The scores of samples under each setting."""
-        definition = _define(self, self.trained.params, dtype=self.dtype, **generation.define({}))
-        return sweeps.run(settings, lambda setting: generation.score(setting)[0], out, definition)
+        shared = self._define()  # hashes the parameters, once
+        define = lambda setting: shared | generation.define(setting)  # noqa: E731
+        return sweeps.run(settings, lambda setting: generation.score(setting)[0], out, define)
 
     def score_samples(self, generation: Generation, setting: sweeps.Setting) -> dict[str, Any]:
         """The scores of samples alone."""
-        definition = _define(self, self.trained.params, dtype=self.dtype, **generation.define(setting))
-        return generation.score(setting)[0] | {result.DEFINITION: definition}
+        return generation.score(setting)[0] | {result.DEFINITION: self._define(**generation.define(setting))}
+
+    def _define(self, **parts: Any) -> dict[str, Any]:
+        return _define(self, self.trained.params, stages=self.trained.stages.digest, dtype=self.dtype, **parts)
 
     def save(self, folder: epath.Path) -> None:
         """Writes the transformer, EMA parameters as the parameters, and its frozen stages."""
-        portable.write_stage(folder, {"params": {"transformer": self.trained.params}}, self.record)
-        for name in (FIRST_STAGE, COND_STAGE):
-            if (self.path / name).is_dir() and not (folder / name).exists():
+        for name in (FIRST_STAGE, COND_STAGE):  # before the transformer, whose record says that the folder is whole
+            if (self.path / name).is_dir() and not (folder / name / portable.STAGE_RECORD).exists():
                 stage = pretrained.load_trained(self.path / name, key="--workdir", kind="vqgan")
                 pretrained.write_stage(folder / name, stage, "generator")
+        portable.write_stage(folder, {"params": {"transformer": self.trained.params}}, self.record)
+
+
+def recorded_config(workdir: epath.Path) -> ConfigDict:
+    """The config of a run. Raises UserError for an imported model."""
+    recorded = workdir / "config.json"
+    if not recorded.exists():
+        raise UserError(
+            f"--workdir={workdir}: an imported model names no data; give --config=configs/finetune.py:{workdir}"
+        )
+    return ConfigDict(upgrade_config(json.loads(recorded.read_text())))
 
 
 def score_stage(
-    model: Any, variables: Any, data: setup.Data, bench: Bench, examples: int, folder: epath.Path | None
+    model: Any,
+    variables: Any,
+    data: setup.Data,
+    bench: Bench,
+    examples: int,
+    folder: epath.Path | None,
+    reference: Statistics | None = None,
 ) -> dict[str, Any]:
     """Reconstruction scores, and a sheet of pictures above their reconstructions."""
-    found = reconstruction.score(model, variables, data, bench, examples)
+    found = reconstruction.score(model, variables, data, bench, examples, reference)
     if folder is not None:
         save_first(folder / "reconstructions.png", reconstruction.sheet(model, variables, data, bench))
     return found
@@ -136,4 +159,7 @@ def _define(scored: ScoredVQGAN | ScoredTransformer, params: Any, **parts: Any) 
     checkpoint = result.describe_checkpoint(scored.record, params)
     data, config = plain(scored.config.data), scored.record["config"]
     data = None if data == config.get("data") else data  # said once
-    return result.define(**(features | parts), seed=bench.seed, checkpoint=checkpoint, data=data, config=config)
+    lpips = dict(bench.perceptual_sha256) or None
+    return result.define(
+        **(features | parts), lpips_sha256=lpips, seed=bench.seed, checkpoint=checkpoint, data=data, config=config
+    )

@@ -14,8 +14,8 @@ from etils import epath
 from PIL import Image
 
 from vqgan_jax import storage
-from vqgan_jax.tools.curves import BASELINE, box, overlaid, read_metrics, run_curves, text
-from vqgan_jax.tools.tables import figure, number
+from vqgan_jax.tools.curves import BASELINE, Series, box, overlaid, read_metrics, run_curves, text
+from vqgan_jax.tools.tables import comparable, figure, number
 from vqgan_jax.train.metric_writer import JSON_LINES
 
 Picture = tuple[str, str, Any]  # title, caption, file
@@ -136,13 +136,41 @@ def write_page(
         ("Summary", [_summary_table(summary)] if summary else []),
         ("Commands", _commands(commands)),
         ("Pictures", [box("pictures", shown)] if shown else []),
-        ("Runs compared", overlaid(series)),
+        ("Runs compared", overlaid(alike(series, runs))),
         ("Curves", drawn),
         ("Pictures from training", training),
         ("Run record", [part for part in record if part]),
     )
     body = "\n".join(f"<h2>{heading}</h2>\n" + "\n".join(parts) for heading, parts in sections if parts)
     storage.write_text(out, _PAGE.format(title=text(title), css=_CSS, script=_SCRIPT, body=body))
+
+
+def define_scores(workdir: epath.Path) -> dict[str, Any]:
+    """What defines the scores by features that a run logs, as far as its config tells; {} where there is none."""
+    config = read_json(workdir / "config.json")
+    if not isinstance(config, dict) or "fid_preset" not in config:
+        return {}
+    said = {name: config.get(f"fid_{name}") for name in ("preset", "samples")}
+    data = {key: value for key, value in config.get("data", {}).items() if key not in ("threads", "processes")}
+    return {
+        **said,
+        "network": config.get("fid_weights"),
+        "reference": [config.get("fid_reference"), data],
+        "data": data,
+    }
+
+
+def alike(series: Mapping[str, Mapping[str, Series]], runs: Mapping[str, Any]) -> dict[str, dict[str, Series]]:
+    """The series of runs that may be laid over each other: without those by features that were not made alike.
+
+    Args:
+      series: of each run, by name.
+      runs: workdirs by name.
+    """
+    rows = {name: {"definition": define_scores(storage.path(runs[name]))} for name in series}
+    metrics = {metric for found in series.values() for metric in found}
+    kept = {metric for metric in metrics if comparable([rows[run] for run in series if metric in series[run]], metric)}
+    return {run: {metric: found[metric] for metric in found if metric in kept} for run, found in series.items()}
 
 
 def _newest_pictures(workdir: epath.Path) -> list[Picture]:

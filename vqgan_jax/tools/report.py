@@ -18,7 +18,7 @@ from vqgan_jax import storage
 from vqgan_jax.config import UserError
 from vqgan_jax.tools import tables
 from vqgan_jax.tools.curves import Series, read_metrics, save_overlaid
-from vqgan_jax.tools.page import read_json, read_starts, write_page
+from vqgan_jax.tools.page import alike, define_scores, read_json, read_starts, write_page
 from vqgan_jax.train.metric_writer import JSON_LINES
 
 SUMMARY, EVALUATION, COMMANDS = "summary.json", "evaluation.json", "commands.json"
@@ -64,9 +64,12 @@ def gather(folders: Sequence[str | os.PathLike]) -> dict[str, Any]:
 
 
 def gather_rows(paths: Sequence[str | os.PathLike]) -> dict[str, dict[str, Any]]:
-    """A row of figures for each workdir, demo folder and result of evaluate.py (for a sweep one for each setting)."""
+    """A row of figures for each workdir, demo folder and result of evaluate.py (for a sweep one for each setting, for
+    a followed run one for each checkpoint), called by `tables.named`."""
     rows: dict[str, dict[str, Any]] = {}
-    for path in map(storage.path, paths):
+    files = [storage.path(path) for path in paths]
+    stems = [path.stem for path in files if path.suffix == ".json"]
+    for path in files:
         if path.suffix != ".json":
             front = f"{_name(path)}/"
             rows |= _figures(path, _runs(path, front), front)
@@ -74,12 +77,19 @@ def gather_rows(paths: Sequence[str | os.PathLike]) -> dict[str, dict[str, Any]]
         result = read_json(path)
         if not isinstance(result, dict):
             raise UserError(f"{path}: is no result of evaluate.py")
+        name = path.stem if stems.count(path.stem) == 1 else f"{_name(path.parent)}/{path.stem}"
+        name = str(path) if name in rows else name
         swept = result.get("rows")
         if isinstance(swept, list):
-            rows |= {f"{path.stem}: {row.get('name', k)}": row.get("scores", {}) for k, row in enumerate(swept)}
+            for k, row in enumerate(swept):
+                own = row.get("name") or f"step {row.get('step', k)}"
+                rows[f"{name}: {own}"] = {"definition": row.get("definition"), **row.get("scores", {})}
         else:
-            rows[path.stem] = result
-    return {run: {name.replace("val/", "val_"): x for name, x in figures.items()} for run, figures in rows.items()}
+            rows[name] = result
+    return {
+        tables.named(run, figures): {name.replace("val/", "val_"): x for name, x in figures.items()}
+        for run, figures in rows.items()
+    }
 
 
 def _runs(folder: epath.Path, front: str) -> dict[str, epath.Path]:
@@ -95,7 +105,8 @@ def _figures(folder: epath.Path, found: Mapping[str, epath.Path], front: str) ->
     figures = read_json(folder / SUMMARY) or read_json(folder / EVALUATION)
     if isinstance(figures, dict):
         return {front.rstrip("/") or _name(folder): figures}
-    return {name: _last_scores(read_metrics(workdir / JSON_LINES)) for name, workdir in found.items()}
+    scores = {name: _last_scores(read_metrics(workdir / JSON_LINES)) for name, workdir in found.items()}
+    return {name: x and x | {"definition": define_scores(found[name])} for name, x in scores.items()}
 
 
 def _workdirs(folder: epath.Path) -> list[epath.Path]:
@@ -156,7 +167,7 @@ def report(paths: Sequence[str], out: str = "", title: str = "") -> list[epath.P
         files.append(page.with_suffix(suffix))
         storage.write_text(files[-1], table(rows))
     series = {name: read_metrics(workdir / JSON_LINES) for name, workdir in found["runs"].items()}
-    if save_overlaid(page.with_suffix(".png"), series):
+    if save_overlaid(page.with_suffix(".png"), alike(series, found["runs"])):
         files.append(page.with_suffix(".png"))
     return files
 

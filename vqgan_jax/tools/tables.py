@@ -2,8 +2,9 @@
 
 import csv
 import io
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 Rows = Mapping[str, Mapping[str, Any]]  # run -> figure -> value
@@ -27,6 +28,7 @@ FIGURES = {
     "val_l1": Figure("Reconstruction L1", "", "mean absolute difference of pixels in [-1, 1]; lower is better", "min"),
     "val_lpips": Figure("Reconstruction LPIPS", "", "perceptual distance of held-out images; lower is better", "min"),
     "rfid": Figure("rFID", "", "FID of reconstructions against the same held-out images; lower is better", "min"),
+    "rfid_reference": Figure("rFID to the reference", "", "FID of reconstructions to the reference set", "min"),
     "codebook_usage": Figure("Codebook usage", "%", "share of the codes that held-out images use", "max"),
     "codebook_perplexity": Figure(
         "Codebook perplexity", "codes", "codes used as evenly as this many equally likely ones", "max"
@@ -73,6 +75,10 @@ FIGURES |= {f"val_{name}": FIGURES[name] for name in ("codebook_usage", "codeboo
 FIGURES |= {f"val_{name}": FIGURES[name] for name in ("fid", "rfid")}
 
 
+# What a network's features tell: a figure without its preset, network, reference set and counts says nothing.
+BY_FEATURES = {"fid", "sfid", "is", "is_mean", "precision", "recall", "kid_mean", "rfid", "rsfid", "rfid_reference"}
+
+
 def figure(name: str) -> Figure:
     """What is known of a figure; one that is not in FIGURES is called by its name."""
     return FIGURES.get(name.replace("val/", "val_"), Figure(name.replace("_", " "), "", ""))
@@ -99,17 +105,64 @@ def columns(rows: Rows) -> list[str]:
 
 
 def best_rows(rows: Rows, name: str) -> set[str]:
-    """The rows with the best value of a figure, none where it has no direction or one row alone has it."""
+    """The rows with the best value of a figure, none where it has no direction, one row alone has it, or the rows'
+    values were not made alike."""
     values = {
         run: figures[name]
         for run, figures in rows.items()
         if _is_number(figures.get(name)) and math.isfinite(figures[name])
     }
     direction = figure(name).best
-    if not direction or len(values) < 2:
+    if not direction or len(values) < 2 or not comparable([rows[run] for run in values], name):
         return set()
     top = (max if direction == "max" else min)(values.values())
     return {run for run, value in values.items() if value == top}
+
+
+def comparable(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    """Whether a figure of these rows may be compared: one by features where all say the same of how it was made."""
+    if _base(name) not in BY_FEATURES:
+        return True
+    terms = {_terms(figures, name) for figures in rows}
+    return len(terms) == 1 and None not in terms
+
+
+def named(run: str, figures: Mapping[str, Any]) -> str:
+    """What a row is called: where it has figures by features, with the preset and how many images stand behind them."""
+    preset = _definition(figures).get("preset")
+    told = next((name for name in figures if _base(name) in BY_FEATURES), None)
+    if not preset or told is None:
+        return run
+    count = _count(figures, told)
+    return f"{run} [{preset}, {count}]" if count else f"{run} [{preset}]"
+
+
+def _terms(figures: Mapping[str, Any], name: str) -> str | None:
+    """All that must be equal for a figure by features to be compared; None where the row does not say it."""
+    definition = _definition(figures)
+    if not definition.get("preset"):
+        return None
+    terms = [definition["preset"], definition.get("network"), _count(figures, name)]
+    if _base(name) in ("rfid", "rsfid"):  # against the held-out images themselves
+        data = definition.get("data") or definition.get("config", {}).get("data", {})
+        terms.append({key: value for key, value in data.items() if key not in ("threads", "processes")})
+    else:
+        terms.append(definition.get("reference"))
+    return json.dumps(terms, sort_keys=True)
+
+
+def _count(figures: Mapping[str, Any], name: str) -> Any:
+    counted = "rfid_images" if _base(name).startswith("r") and _base(name) != "recall" else "samples"
+    return figures.get(counted, _definition(figures).get("samples"))
+
+
+def _definition(figures: Mapping[str, Any]) -> Mapping[str, Any]:
+    definition = figures.get("definition")
+    return definition if isinstance(definition, Mapping) else {}
+
+
+def _base(name: str) -> str:
+    return name.removeprefix("val/").removeprefix("val_")
 
 
 def markdown(rows: Rows) -> str:
