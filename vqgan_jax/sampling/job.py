@@ -44,7 +44,7 @@ class SampleFolder:
           UserError: it holds pictures of other settings.
         """
         self._folder = folder
-        record, names = folder / RECORD, [path.name for path in folder.iterdir()]
+        record, names = folder / RECORD, [file.name for file in storage.files(folder)]  # a bucket knows no folder
         self.done = {int(name[:-4]) for name in names if re.fullmatch(r"\d{6,}\.png", name)}
         recorded = json.loads(record.read_text()) if record.exists() else {}
         found = differences(settings, recorded)
