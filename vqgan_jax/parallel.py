@@ -189,3 +189,28 @@ def of_first_host(make: Callable[[], Any]) -> Any:
 def put_tree(tree: Any, mesh: Mesh) -> Any:
     """Places frozen parameters, equal on all hosts, sharded by size."""
     return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, shard_by_size(x.shape, mesh))), tree)
+
+
+def local_rows(array: Any) -> np.ndarray:
+    """The rows of an array sharded over the batch that this host holds, replicas once, in order."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[row]) for row in sorted(shards)])
+
+
+def say(text: str) -> None:
+    """Prints a line, on the first host alone."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array of either library."""
+    return jax.ShapeDtypeStruct(np.shape(x), x.dtype)
+
+
+def device_bytes(compiled: Any) -> int:
+    """Bytes that a compiled program takes on each device: arguments, results and workspace."""
+    memory = compiled.memory_analysis()
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes

@@ -15,6 +15,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
 from configs import common
+from tests.data.same import assert_same, examples
 from vqgan_jax import storage
 from vqgan_jax.config import UserError
 from vqgan_jax.data import tfrecords
@@ -169,20 +170,6 @@ def config(path, name="tiny", train="train", val="validation", **fields):
     data = common.data("tfds")
     data.update(dict(path=str(path), name=name, train_split=train, val_split=val, image_size=4) | fields)
     return data
-
-
-def examples(source):
-    return [source[i] for i in range(len(source))]
-
-
-def assert_same(ours, theirs):
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert type(a[key]) is type(b[key]), key
-            np.testing.assert_array_equal(a[key], b[key])
-            assert np.asarray(a[key]).dtype == np.asarray(b[key]).dtype, key
 
 
 def expected(split, i):

@@ -35,7 +35,7 @@ def test_rows_that_devices_share_are_one_hosts_own(mesh):
     assert pictures.own_rows(mesh, 8).tolist() == [True] * 8
     x = np.arange(16.0).reshape(8, 2)
     placed = jax.device_put(x, parallel.batch_sharding(mesh))
-    np.testing.assert_array_equal(pictures.local_rows(placed), x)
+    np.testing.assert_array_equal(parallel.local_rows(placed), x)
 
 
 def test_the_digest_of_parameters_knows_names_and_values():

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from configs import common
+from tests.data.same import assert_same, examples
 from vqgan_jax.config import UserError
 from vqgan_jax.data.records import Records, read_manifest
 from vqgan_jax.data.sources import open_source
@@ -39,20 +40,6 @@ def config(source, path="", **fields):
 
 def run(data, out, splits=("train", "val"), picture=None, shards=0, workers=1):
     return prepare(data, str(out), splits=splits, picture=picture or Picture(), shards=shards, workers=workers)
-
-
-def examples(source):
-    return [source[i] for i in range(len(source))]
-
-
-def assert_same(ours, theirs):
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert type(a[key]) is type(b[key]), key
-            np.testing.assert_array_equal(a[key], b[key])
-            assert np.asarray(a[key]).dtype == np.asarray(b[key]).dtype, key
 
 
 def files(folder):

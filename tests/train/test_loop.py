@@ -329,7 +329,7 @@ def test_saved_is_said_once_it_is_true(tmp_path, monkeypatch):
         if "preempted" in text:
             said.append((text, load(tmp_path / "checkpoints")[1]["step"]))
 
-    monkeypatch.setattr(loop_module, "_say", say)
+    monkeypatch.setattr(loop_module, "say", say)
     with pytest.raises(SystemExit):
         run(tmp_path, hook=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None)
     assert said == [("preempted at step 3: saved", 3)]

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from scipy.spatial import cKDTree
 
+from vqgan_jax.evals.pixels import EXACT_PSNR
+
 Derive = Callable[[np.ndarray], Mapping[str, np.ndarray]]  # pictures uint8 [n, h, w, 3] -> batch keys
 Check = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]]  # (derived, asked) -> measures [n]
 
 _LEVELS, _BANDS = 16, 4  # of each colour channel in the table, and of the height
-_EXACT_PSNR = 100.0  # a condition met exactly would carry the mean away
 
 
 def pixel_agreement(derived: np.ndarray, asked: np.ndarray) -> dict[str, np.ndarray]:
@@ -26,7 +27,7 @@ def picture_consistency(derived: np.ndarray, asked: np.ndarray) -> dict[str, np.
     squares = np.square(derived - asked, dtype=np.float64).mean(axis=(1, 2, 3))
     with np.errstate(divide="ignore"):
         psnr = 10 * np.log10(4 / squares)
-    return {"l1": np.abs(derived - asked).mean(axis=(1, 2, 3)), "psnr": np.minimum(psnr, _EXACT_PSNR)}
+    return {"l1": np.abs(derived - asked).mean(axis=(1, 2, 3)), "psnr": np.minimum(psnr, EXACT_PSNR)}
 
 
 def edge_overlap(derived: np.ndarray, asked: np.ndarray) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ import numpy as np
 from vqgan_jax.config import UserError
 from vqgan_jax.models import layers, quantizers
 from vqgan_jax.models.vqgan import VQGAN
+from vqgan_jax.parallel import device_bytes, shape_of
 
 Params = Mapping[str, Any]
 Array = np.ndarray
@@ -66,7 +67,7 @@ class Strips:
             rows = count * unit[0] + sum(halo)
             shapes = [jax.ShapeDtypeStruct((x.shape[0], rows, *x.shape[2:]), x.dtype) for x in inputs]
             inside = jax.ShapeDtypeStruct((rows,), bool)
-            compiled, used = _compile(program, jax.tree.map(_abstract, consts), inside, *shapes)
+            compiled, used = _compile(program, jax.tree.map(shape_of, consts), inside, *shapes)
             if used <= self.budget:
                 break
             if count == 1:
@@ -84,10 +85,6 @@ class Strips:
             made = jax.device_get(compiled(consts, inside, *strips))
             found.append((slice(first * unit[1], (first + count) * unit[1]), made))
         return found
-
-
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(x), x.dtype)
 
 
 def _rows(x: Array, top: int, rows: int) -> Array:
@@ -108,9 +105,7 @@ def _compile(program: Callable[..., Any], *shapes: Any) -> tuple[Any, int]:
     key = (program, structure, tuple((x.shape, str(x.dtype)) for x in leaves))
     if key not in _COMPILED:
         compiled = program.lower(*shapes).compile()
-        memory = compiled.memory_analysis()
-        parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
-        _COMPILED[key] = compiled, sum(parts)
+        _COMPILED[key] = compiled, device_bytes(compiled)
     return _COMPILED[key]
 
 

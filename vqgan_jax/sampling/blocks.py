@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from vqgan_jax.config import UserError
 from vqgan_jax.sampling.decoder import Apply, Cache
+from vqgan_jax.sampling.sliding import check_grid
 from vqgan_jax.sampling.strategies import Strategy, interleave, next_token
 
 
@@ -37,9 +38,8 @@ class Blocks:
     stride: int
 
     def __post_init__(self) -> None:
-        (height, width), (h, w) = self.grid, self.window
-        if height < h or width < w:
-            raise UserError(f"a grid of {height}x{width} codes is smaller than the window of {h}x{w}")
+        check_grid(self.grid, self.window)
+        h, w = self.window
         if not 1 <= self.stride <= min(h, w):
             raise UserError(f"--stride: {self.stride} codes; a window of {h}x{w} advances by 1 to {min(h, w)}")
 

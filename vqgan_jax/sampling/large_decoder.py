@@ -12,6 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vqgan_jax.parallel import device_bytes, shape_of
+
 Tree = Any
 Way = Literal["whole", "sharded", "strips", "tiles"]
 Convert = Callable[[Tree, jax.Array], jax.Array]
@@ -59,9 +61,9 @@ def plan(
       budget: bytes of memory of each device.
       mesh: of this process's devices.
     """
-    x, abstract = jax.ShapeDtypeStruct(shape, dtype), jax.tree.map(_abstract, variables)
+    x, abstract = jax.ShapeDtypeStruct(shape, dtype), jax.tree.map(shape_of, variables)
     compiled = jax.jit(convert).lower(abstract, x).compile()
-    if (used := _bytes(compiled)) <= budget:
+    if (used := device_bytes(compiled)) <= budget:
         return Plan("whole", used, lambda variables, x: np.asarray(compiled(variables, x)))
     if mesh.size > 1 and shape[1] % mesh.size == 0:
         sharded, used = compile_sharded(convert, abstract, x, mesh)
@@ -91,7 +93,7 @@ def compile_sharded(
     def run(variables: Tree, x: np.ndarray) -> np.ndarray:
         return np.asarray(compiled(jax.device_put(variables, whole), jax.device_put(x, rows)))
 
-    return run, _bytes(compiled)
+    return run, device_bytes(compiled)
 
 
 def decode_tiles(
@@ -150,12 +152,3 @@ def device_budget(share: float = 0.8) -> int:
     if stats and "bytes_limit" in stats:
         return int((stats["bytes_limit"] - stats.get("bytes_in_use", 0)) * share)
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * share / jax.local_device_count() / 2)
-
-
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(x), x.dtype)
-
-
-def _bytes(compiled: Any) -> int:
-    memory = compiled.memory_analysis()
-    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes

@@ -30,6 +30,13 @@ def window_start(position: jax.Array | int, size: int, window: int, centre: str 
     return jnp.clip(position - CENTRES[centre](window), 0, size - window)
 
 
+def check_grid(grid: tuple[int, int], window: tuple[int, int]) -> None:
+    """Raises UserError for a grid that the window does not fit into."""
+    (height, width), (h, w) = grid, window
+    if height < h or width < w:
+        raise UserError(f"a grid of {height}x{width} codes is smaller than the window of {h}x{w}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Wavefront:
     """In which order the tokens of a grid are drawn: at step s, slot k draws token (s // lag - k, s % lag + k * lag),
@@ -53,9 +60,7 @@ class Wavefront:
     multiple: int = 1
 
     def __post_init__(self) -> None:
-        (height, width), (h, w) = self.grid, self.window
-        if height < h or width < w:
-            raise UserError(f"a grid of {height}x{width} codes is smaller than the window of {h}x{w}")
+        check_grid(self.grid, self.window)
 
     @property
     def lag(self) -> int:

@@ -79,7 +79,7 @@ def follow(
                 if step in _sealed(workdir):
                     raise error
                 gone.add(step)
-                _say(f"step {step}: deleted before it was read ({error})")
+                parallel.say(f"step {step}: deleted before it was read ({error})")
                 continue
             score, save = opened
             rows[step] = {"step": step, "scores": dict(score())}
@@ -95,7 +95,8 @@ def follow(
             sleep(poll)
     if not rows:
         raise UserError(f"--workdir={workdir}: no checkpoint came within {timeout:g} s")
-    _say(f"the run is finished: {total} steps" if max(rows) >= total else f"no new checkpoint for {timeout:g} s")
+    finished = max(rows) >= total
+    parallel.say(f"the run is finished: {total} steps" if finished else f"no new checkpoint for {timeout:g} s")
     return found
 
 
@@ -136,7 +137,7 @@ def _keep_best(
     step, scores = row["step"], row["scores"]
     metric = next(name for name in METRICS if name in scores)
     better = scores[metric] < kept.get(metric, np.inf)
-    _say(f"step {step}: {metric} {scores[metric]:.4g}{' (best so far)' if better else ''}")
+    parallel.say(f"step {step}: {metric} {scores[metric]:.4g}{' (best so far)' if better else ''}")
     if better:
         kept = {"step": step, metric: scores[metric], "path": str(workdir / BEST), "key": key}
         if jax.process_index() == 0:
@@ -153,8 +154,3 @@ def _read(path: epath.Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, flush=True)

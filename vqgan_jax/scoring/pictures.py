@@ -21,14 +21,6 @@ def own_rows(mesh: Mesh, batch: int) -> np.ndarray:
     return np.array([holders[row] == jax.process_index() for row in parallel.host_rows(mesh, batch)])
 
 
-def local_rows(x: jax.Array) -> np.ndarray:
-    """The rows of a global array, sharded over the batch, that this host holds, in order."""
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
-    return np.concatenate([np.asarray(shards[row]) for row in sorted(shards)])
-
-
 def positions(mesh: Mesh, batch: int, count: int, step: int, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which of this host's rows of evaluation batch `step` it hands in, bool [rows], and the positions of these.
 

@@ -60,7 +60,7 @@ def score(
             if bench.extract is None:
                 continue  # nobody looks at the pictures
             kept, place = pictures.positions(bench.mesh, bench.batch, count, number, rows["valid"])
-            yield to_uint8(rows["image"][kept]), pictures.local_rows(rebuilt)[kept], place
+            yield to_uint8(rows["image"][kept]), parallel.local_rows(rebuilt)[kept], place
 
     features: dict[str, float] = {}
     if bench.extract is None:

@@ -105,9 +105,9 @@ def run(
         definition = dict(define(setting))
         key = digest({"setting": setting, "definition": definition})
         if key in done:
-            _say(f"[{number}/{len(settings)}] {name_of(setting)}: done before")
+            parallel.say(f"[{number}/{len(settings)}] {name_of(setting)}: done before")
         else:
-            _say(f"[{number}/{len(settings)}] {name_of(setting)}")
+            parallel.say(f"[{number}/{len(settings)}] {name_of(setting)}")
             row = {"name": name_of(setting), "key": key, "scores": dict(score(setting)), "definition": definition}
             done[key] = row
         rows.append(done[key] | {"setting": setting})  # not as JSON keeps it, which makes lists of tuples
@@ -119,7 +119,7 @@ def run(
     if jax.process_index() == 0:
         storage.write_text(out.with_suffix(".csv"), comma_separated(rows))
         _plot(out.with_suffix(".png"), rows)
-    _say(table(rows))
+    parallel.say(table(rows))
     return result
 
 
@@ -218,8 +218,3 @@ def _plot(path: epath.Path, rows: list[dict[str, Any]]) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     storage.write_bytes(path, buffer.getvalue())
-
-
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, flush=True)

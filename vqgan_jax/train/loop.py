@@ -28,6 +28,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from vqgan_jax import storage
 from vqgan_jax.config import UserError
 from vqgan_jax.images import save_png
+from vqgan_jax.parallel import local_rows, say
 from vqgan_jax.train.checkpoints import Checkpoints
 from vqgan_jax.train.metric_writer import MetricWriter
 
@@ -117,7 +118,7 @@ def train(
     """
     if start_step >= schedule.total:
         batches.close()
-        _say(f"already finished: {start_step} of {schedule.total} steps are done")
+        say(f"already finished: {start_step} of {schedule.total} steps are done")
         return state
     workdir = storage.path(workdir)
     rates = {"images/s": examples_per_step, **units}
@@ -250,7 +251,7 @@ class _Report:
             return
         suffix = "" if jax.process_count() == 1 else f"_host{jax.process_index()}"
         path = self._workdir / "nonfinite" / f"step_{step:08d}{suffix}.npz"
-        storage.save_npz(path, **{name: _local_rows(array) for name, array in batch.items()})
+        storage.save_npz(path, **{name: local_rows(array) for name, array in batch.items()})
         raise UserError(
             f"step {step} was not finite ({terms}), and config.nonfinite_budget allows {self._budget} such steps: "
             f"its batch is in {path}"
@@ -289,14 +290,14 @@ class _Progress:
         elif line:
             left = (self._total - step) * values.get("step_seconds", math.nan)
             eta = "" if math.isnan(left) else f"{datetime.timedelta(seconds=round(left))} left"
-            _say(", ".join(filter(None, [f"step {step}/{self._total}: {_line(shown)}", self._speed, eta])))
+            say(", ".join(filter(None, [f"step {step}/{self._total}: {_line(shown)}", self._speed, eta])))
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
         if self._bar is not None:
             self._bar.write(text)
         else:
-            _say(text)
+            say(text)
 
 
 class _StopRequest:
@@ -338,18 +339,5 @@ def _draw(pictures: Mapping[str, np.ndarray], step: int, writer: MetricWriter, w
             save_png(workdir / "images" / f"{name.replace('/', '_')}_{step:08d}.png", picture)
 
 
-def _local_rows(array: Any) -> np.ndarray:
-    """The rows of a batch array that this host holds, replicas once."""
-    if not isinstance(array, jax.Array) or array.is_fully_addressable:
-        return np.asarray(array)
-    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-    return np.concatenate([np.asarray(shards[row]) for row in sorted(shards)])
-
-
 def _line(values: Mapping[str, float]) -> str:
     return ", ".join(f"{name}={value:.4g}" for name, value in values.items())
-
-
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, flush=True)
