@@ -114,7 +114,7 @@ def run(workdir: Path, *, total=TOTAL, bad=(), hook=lambda step: None, budget=0,
                     nonfinite_budget=budget,
                     examples_per_step=8,
                     evaluate=lambda state, step: {"loss": float(jnp.abs(state.params["w"] - 1).sum())},
-                    draw=lambda state, step: {"val/w": np.full((4, 6, 3), step, np.uint8)},
+                    draw=lambda state, step: {"val/w": np.full((4, 6, 3), step % 256, np.uint8)},
                 )
                 | options,
             )
@@ -131,9 +131,9 @@ def in_tensorboard(workdir: Path, tag: str) -> list[tuple[int, float]]:
     return [(e.step, e.value) for e in events.Scalars(tag)]
 
 
-def assert_equal_runs(a: Path, b: Path) -> None:
+def assert_equal_runs(a: Path, b: Path, total: int = TOTAL) -> None:
     (x, x_record), (y, y_record) = load(a / "checkpoints"), load(b / "checkpoints")
-    assert x_record == y_record and x["step"] == TOTAL
+    assert x_record == y_record and x["step"] == total
     jax.tree.map(np.testing.assert_array_equal, x, y)
     assert logged(a) == logged(b)
     assert in_tensorboard(a, "loss") == in_tensorboard(b, "loss")
@@ -384,10 +384,10 @@ def test_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
     assert "step 2/6" not in captured.out and "step 4: val/loss=" in captured.out
 
 
-def toy_process(*args: str, **env: str) -> subprocess.Popen:
+def toy_process(*args: str, script: str = __file__, **env: str) -> subprocess.Popen:
     root = Path(__file__).resolve().parents[2]
     settings = {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
-    command = [sys.executable, __file__, *args]
+    command = [sys.executable, script, *args]
     return subprocess.Popen(
         command, env=os.environ | settings | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -7,6 +7,7 @@ checkpoint stays, and the manifest, written last, is what makes it one.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -28,6 +29,7 @@ State = TypeVar("State")
 Record = dict[str, Any]
 
 MANIFEST = "manifest.json"
+_OWN = "sha256"  # of the manifest itself
 _UNSEALED = "it has no manifest: the run was killed during the save"
 _NOTHING, _ALL_DAMAGED = -1, -2
 _logger = logging.getLogger(__name__)
@@ -315,7 +317,14 @@ def _write_manifest(folder: epath.Path, manifest: dict[str, Any]) -> None:
     with ThreadPoolExecutor(4) as pool:  # hashing frees the interpreter lock
         digests = pool.map(storage.sha256, files)
         named = {path.relative_to(folder).as_posix(): digest for path, digest in zip(files, digests, strict=True)}
-    storage.write_json(folder / MANIFEST, {**manifest, "files": named})
+    manifest = {**manifest, "files": named}
+    storage.write_json(folder / MANIFEST, {**manifest, _OWN: _digest(manifest)})
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of what a manifest says, for it vouches for all files but itself."""
+    said = {name: value for name, value in manifest.items() if name != _OWN}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _fault(folder: epath.Path) -> str:
@@ -323,9 +332,12 @@ def _fault(folder: epath.Path) -> str:
     if not (folder / MANIFEST).exists():
         return _UNSEALED
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"]
     except (OSError, ValueError, KeyError):
         return f"{MANIFEST} cannot be read"
+    if manifest.get(_OWN, _digest(manifest)) != _digest(manifest):  # the first versions wrote none
+        return f"{MANIFEST} has changed since it was written"
 
     def check(name: str) -> str:
         try:

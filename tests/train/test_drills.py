@@ -1,0 +1,111 @@
+"""Drills: a run that is killed again and again, or loses its disk, ends in the very state of one that was left alone.
+
+Run as a script, this file trains the toy model of test_loop.py for LONG steps: `test_drills.py WORKDIR`.
+"""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.train.test_checkpoints import abstract, assert_same, flip, make_state, open_checkpoints, save_steps
+from tests.train.test_loop import assert_equal_runs, run, toy_process
+from vqgan_jax import storage
+from vqgan_jax.config import UserError
+from vqgan_jax.train.checkpoints import load
+
+LONG, KILLS = 1200, 20
+
+
+def train_long(workdir: Path, pace: float = 0.0) -> None:
+    run(workdir, total=LONG, hook=lambda step: time.sleep(pace))
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(tmp_path):
+    """Every kill comes while the run steps, logs, draws or saves (every sixth step); nothing is lost or done twice."""
+    random_moment = random.Random(0)
+    killed, unsealed = 0, 0
+    while killed < KILLS:
+        process = toy_process(str(tmp_path / "killed"), script=__file__)
+        while "step " not in (line := process.stdout.readline()):
+            assert line, process.stderr.read()
+        time.sleep(random_moment.uniform(0, 0.8))
+        process.kill()
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == -9, f"it ended by itself after {killed} kills: {error}"
+        killed += 1
+        steps = [p for p in (tmp_path / "killed" / "checkpoints").iterdir() if p.name[0].isdigit()]
+        unsealed += any(not (p / "manifest.json").exists() for p in steps)
+    print(f"{killed} kills, {unsealed} of them within a save")
+    assert load(tmp_path / "killed" / "checkpoints")[1]["step"] < LONG
+    train_long(tmp_path / "killed")
+    train_long(tmp_path / "whole")
+    assert_equal_runs(tmp_path / "killed", tmp_path / "whole", total=LONG)
+
+
+def test_a_flipped_byte_in_any_file_of_a_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog):
+    save_steps(tmp_path / "whole", [10, 20])
+    names = [p.relative_to(tmp_path / "whole" / "20") for p in storage.files(tmp_path / "whole" / "20")]
+    assert len(names) > 5
+    for k, name in enumerate(names):
+        if not (tmp_path / "whole" / "20" / name).stat().st_size:
+            continue
+        damaged = tmp_path / str(k)
+        shutil.copytree(tmp_path / "whole", damaged)
+        flip(damaged / "20" / name)
+        caplog.clear()
+        assert load(damaged)[1]["step"] == 10
+        assert f"{name} " in caplog.text
+    with open_checkpoints(damaged) as checkpoints:  # the trainers' way, once: the other test has all kinds of damage
+        state, _ = checkpoints.restore(abstract(make_state()))
+    assert_same(state, make_state(10))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MiB, where the machine lets us mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    if done.returncode:
+        pytest.skip("this machine lets nobody mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_runs_full_while_training(tmp_path, small_disk):
+    """One line says so, the checkpoint before stays, and with room again the run ends as if nothing had been."""
+    room = small_disk / "room"
+    room.write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize - 250_000))
+    with pytest.raises(UserError) as full:
+        run(small_disk, save=2)
+    assert "\n" not in str(full.value)
+    room.unlink()
+    survived = load(small_disk / "checkpoints")[1]["step"]
+    assert 0 < survived < 24
+    run(small_disk, save=2)
+    run(tmp_path / "whole", save=2)
+    assert_equal_runs(small_disk, tmp_path / "whole")
+
+
+def test_a_workdir_that_vanishes_while_training_is_one_line(tmp_path):
+    workdir = tmp_path / "run"
+
+    def vanish(step):
+        if step == 13:
+            shutil.rmtree(workdir)
+
+    with pytest.raises(UserError, match="was not saved|run") as gone:
+        run(workdir, hook=vanish)
+    assert "\n" not in str(gone.value)
+
+
+if __name__ == "__main__":
+    train_long(Path(sys.argv[1]), pace=0.01)
