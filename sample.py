@@ -1,16 +1,25 @@
-"""Samples new images from a trained transformer.
+"""Samples new images from a trained transformer, under any condition, and completes given ones.
 
-    python sample.py --workdir=runs/transformer --out=samples --number=64 --top_k=100
-    python sample.py --workdir=runs/transformer --out=panorama --number=4 --size=64x512
-    python sample.py --workdir=runs/transformer --out=big --number=50000 --batch=64 --dtype=bfloat16 --guidance=2
+    python sample.py --workdir=runs/gpt --out=samples --number=64 --top_k=100            # classes in turn, if any
+    python sample.py --workdir=runs/gpt --out=suns --classes=noon_lake,3 --each=8
+    python sample.py --workdir=runs/semantic --out=held_out                              # held-out segmentations
+    python sample.py --workdir=runs/semantic --out=mine --condition=masks/ --each=4      # or of depth, edges, low_res
+    python sample.py --workdir=runs/superres --out=large --condition=small.png
+    python sample.py --workdir=runs/edges --out=redrawn --condition=photos/*.jpg --derive
+    python sample.py --workdir=runs/layout --out=layout --condition=boxes.json
+    python sample.py --workdir=runs/gpt --out=halves --given=val                         # the lower half anew
+    python sample.py --workdir=runs/gpt --out=mended --given=photo.jpg --mask=hole.png --each=8 --paste
+    python sample.py --workdir=runs/gpt --out=panorama --number=4 --size=64x512
+    python sample.py --workdir=runs/gpt --out=big --number=50000 --batch=64 --dtype=bfloat16 --guidance=2
 
-Writes one PNG an image, and at the end samples.npz (arr_0: uint8 [n, h, w, 3], and `label` where there is one) and
-grid.png. A size beyond the trained one is made with the sliding window. The same seed gives image number i whatever
-the batch size and the devices. A job that was stopped goes on when started again; with a larger --number it adds to
-what is there. Several hosts (--distributed) take a range of indices each and write to one folder.
+Writes one PNG an image, and at the end samples.npz (arr_0: uint8 [n, h, w, 3], and what each was asked for: label,
+segmentation, boxes, ...) and grid.png: conditions, what their tokens say, samples, originals. A size beyond the trained
+one is made with the sliding window. The same seed gives image number i whatever the batch size and the devices. A job
+that was stopped goes on when started again; with a larger --number it adds to what is there. Several hosts
+(--distributed) take a range of indices each and write to one folder.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,31 +31,32 @@ from tqdm import tqdm
 
 from vqgan_jax import cli, images, parallel, pretrained, storage
 from vqgan_jax.config import UserError
+from vqgan_jax.request.flags import Asked, asked_of, define_request_flags
+from vqgan_jax.request.request import Request
+from vqgan_jax.request.sheet import draw_sheet
 from vqgan_jax.sampling.job import SHEET, SampleFolder, host_share
-from vqgan_jax.sampling.large import Large
+from vqgan_jax.sampling.large import LargeOptions
 from vqgan_jax.sampling.strategies import Strategy
 from vqgan_jax.sampling.strategy_flags import define_strategy_flags, strategy_of
 from vqgan_jax.train.setup import DTYPES
 
 FLAGS = flags.FLAGS
-SHEET_ROWS, SHEET_COLUMNS = 16, 8
 MOST_PIXELS = 8192  # a side
-SHEET_PIXELS = 1 << 27  # in all, of pictures without names
 
 
 def sample(
     workdir: str,
     out: str,
+    asked: Asked,
     *,
-    number: int,
     batch: int,
     seed: int,
     strategy: Strategy,
-    classes: Sequence[str],
     size: str,
     stride: int,
     decode: str,
     memory: float,
+    every: int,
     best: bool,
     dtype: str,
     mesh: Mapping[str, int],
@@ -63,20 +73,20 @@ def sample(
     grid = tuple(max(-(-n // factor), trained) for n, trained in zip((height, width), model.config.grid, strict=True))
     devices = parallel.make_mesh(mesh, jax.local_devices())
 
-    # What to sample: image i is of class labels[i]
-    names = trained.record.get("classes") or []
-    count = len(names) or model.condition.vocab_size  # a data set may have fewer classes than its model
-    labels = choose_labels(model.condition.keys, count, names, classes, number)
+    # What to sample: the condition of image i, and what is given of it
+    request = Request(asked, trained, grid)
+    number = request.number
     settings = {
         "workdir": str(storage.absolute(workdir)),
         "checkpoint": trained.checkpoint,
         "seed": seed,
         "strategy": strategy_record(strategy),
-        "classes": list(classes),
+        "classes": list(asked.classes),
         "size": [height, width],
         "stride": stride,
         "decode": decode,
         "dtype": dtype,
+        **request.record,
     }
 
     # Sampling
@@ -86,15 +96,17 @@ def sample(
         done = len(share) - len(missing)
         with tqdm(total=len(share), initial=done, desc="sample", unit="image", disable=not len(missing)) as bar:
             start = 0
-            large = Large(
+            large = LargeOptions(
                 stride=stride,
                 memory=int(memory * 2**30),
                 tiles=decode == "tiles",
+                folder=folder,
+                every=every,
                 progress=lambda share: bar.update(done + start + share * min(batch, len(missing) - start) - bar.n),
                 announce=bar.write,
             )
             batches = trained.samples(
-                labels,
+                request.rows,
                 grid,
                 seed=seed,
                 batch=min(batch, number),
@@ -102,19 +114,19 @@ def sample(
                 indices=missing,
                 mesh=devices,
                 large=large,
+                leading=request.leading,
             )
             for pictures in batches:
                 for index, picture in zip(missing[start:], pictures, strict=False):
-                    folder.write(index, centre_crop(picture, height, width))
+                    folder.write(index, images.centre_crop(request.finished(index, picture), height, width))
                 start += len(pictures)
                 bar.update(done + start - bar.n)
     multihost_utils.sync_global_devices("every image is written")
 
     # Sheets
     if jax.process_index() == 0:
-        extra = {"label": labels} if "label" in model.condition.keys else {}
-        folder.write_arrays(number, **extra)
-        images.save_png(path / SHEET, sheet(folder, labels, names if extra else []))
+        folder.write_arrays(number, **request.arrays())
+        images.save_png(path / SHEET, draw_sheet(folder, request, trained))
         print(f"{number} images ({done} of this host's were there) in {path}")
     return path
 
@@ -133,52 +145,14 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def centre_crop(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The middle of a picture [h, w, c]: [height, width, c]."""
-    top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
-    return picture[top : top + height, left : left + width]
-
-
-def choose_labels(keys: tuple[str, ...], count: int, names: list[str], asked: list[str], number: int) -> np.ndarray:
-    """One label a sample, int32 [number]: the classes asked for in turn, or all of them."""
-    if "label" not in keys:
-        if keys:
-            raise UserError(
-                f"--workdir: this model needs a condition ({', '.join(keys)}), which sample.py cannot give it yet"
-            )
-        if asked:
-            raise UserError("--classes: this model is unconditional")
-        return np.zeros(number, np.int32)
-    ids = []
-    for text in asked:
-        if text not in names and not (text.isdigit() and int(text) < count):
-            raise UserError(f"--classes: no class '{text}'; there are 0 to {count - 1}: {', '.join(names)}")
-        ids.append(names.index(text) if text in names else int(text))
-    return np.resize(np.asarray(ids or range(count), np.int32), number)
-
-
-def sheet(folder: SampleFolder, labels: np.ndarray, names: list[str]) -> np.ndarray:
-    """A grid of the first pictures, one labelled row a class where classes have names."""
-    if not names:
-        most = max(1, SHEET_PIXELS // next(folder.read([0])).size)
-        pictures = np.stack(list(folder.read(range(min(len(labels), SHEET_COLUMNS**2, most)))))
-        wide = pictures.shape[2] > 2 * pictures.shape[1]
-        return images.grid(pictures, columns=1 if wide else None)
-    rows = {}
-    for label in np.unique(labels)[:SHEET_ROWS]:
-        rows[names[label]] = np.stack(list(folder.read(np.flatnonzero(labels == label)[:SHEET_COLUMNS])))
-    return images.labelled_rows(rows)
-
-
 def define_flags() -> None:
     """The flags of this script."""
     flags.DEFINE_string("workdir", None, "Workdir of train_transformer.py, or an imported transformer.")
     flags.DEFINE_string("out", None, "Folder to write to.")
-    flags.DEFINE_integer("number", 16, "How many images.", lower_bound=1)
+    define_request_flags()
     flags.DEFINE_integer("batch", 16, "Images sampled at once.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of the run; image i depends on the seed and on i alone.", 0, 2**31 - 1)
     define_strategy_flags()
-    flags.DEFINE_list("classes", [], "Class names or numbers to sample, in turn; all by default.")
     flags.DEFINE_string(
         "size", "", "HEIGHTxWIDTH in pixels, below the trained size a crop; the trained one by default."
     )
@@ -190,7 +164,10 @@ def define_flags() -> None:
         lower_bound=0,
     )
     flags.DEFINE_enum("decode", "exact", ["exact", "tiles"], "Beyond the trained size: tiles are fast, approximate.")
-    flags.DEFINE_float("memory", 0, "GiB that decoding beyond the trained size may use a device; 0: what there is.", 0)
+    flags.DEFINE_float("memory", 0, "GiB a device that encoding and decoding larger pictures may use; 0: all.", 0)
+    flags.DEFINE_integer(
+        "every", 0, "Beyond the trained size: a PNG after so many more rows of codes, to OUT/growing; 0: none.", 0
+    )
     flags.DEFINE_bool("best", True, "The best checkpoint by validation NLL; --nobest takes the newest.")
     flags.DEFINE_enum("dtype", "float32", sorted(DTYPES), "Of the computation; bfloat16 is fast on TPUs and GPUs.")
     flags.DEFINE_integer("fsdp", 1, "Devices that share each copy of the parameters.", lower_bound=1)
@@ -200,10 +177,11 @@ def define_flags() -> None:
 
 def main() -> None:
     """Calls `sample` with the flags."""
-    same = ("number", "batch", "seed", "classes", "size", "stride", "decode", "memory", "best", "dtype")
+    same = ("batch", "seed", "size", "stride", "decode", "memory", "every", "best", "dtype")
     sample(
         FLAGS.workdir,
         FLAGS.out,
+        asked_of(FLAGS),
         strategy=strategy_of(FLAGS),
         mesh={"data": -1, "fsdp": FLAGS.fsdp, "tensor": FLAGS.tensor},
         **{name: FLAGS[name].value for name in same},

@@ -6,6 +6,7 @@ Rerun the same command to resume. The workdir holds its own copy of the first st
 checkpoints/ (the best by validation NLL is kept), metrics.jsonl, tensorboard/, images/, config.json and run/.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -18,16 +19,16 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from vqgan_jax import cli, images, parallel, pretrained
-from vqgan_jax.config import to_dataclass
 from vqgan_jax.evals.runner import likelihood_scorer
 from vqgan_jax.models.gpt import split_layers
 from vqgan_jax.sampling.sampler import sample_grid
 from vqgan_jax.sampling.strategies import Strategy, row_keys
 from vqgan_jax.scoring import scheduled
-from vqgan_jax.train import code_cache, loop, setup, transformer_step
-from vqgan_jax.train.metric_writer import open_writer
-from vqgan_jax.train.optimizers import make_optimizer, make_schedule
+from vqgan_jax.train import code_cache, loop, setup
+from vqgan_jax.train.recipe import transformer_recipe
+from vqgan_jax.train.replay import replay
 from vqgan_jax.train.run_record import write_run_record
+from vqgan_jax.train.speed import flops_counter
 from vqgan_jax.train.state import TrainState
 from vqgan_jax.transformer import ImageTransformer, TransformerConfig
 
@@ -47,37 +48,36 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     model_config = TransformerConfig.from_config(config.model)
     dtype = setup.dtype_of(config)
     stages = pretrained.adopt_stages(config, path, dtype)
-    model = ImageTransformer(model_config, stages.first, stages.cond, dtype, config.remat)
+    model = ImageTransformer(model_config, stages.first, stages.cond, dtype, setup.remat_of(config))
     frozen = parallel.put_tree(stages.frozen, mesh)
 
     # Data: pictures, or codes made of them once
     keys = (stages.first.config.input_key, *model.condition.keys)
     model.check_size(config.data.image_size)
     open_images = functools.partial(
-        setup.open_data, config, keys, factor=stages.first.factor, classes=model.condition.vocab_size
+        setup.open_data, config, keys, factor=stages.first.factor, classes=model.condition.labels
     )
     data = code_cache.open_data(config, path, model, stages.frozen, stages.digest, open_images)
     batches = functools.partial(setup.evaluation_batches, config.batch_size, mesh)
     durations = setup.Durations(config, len(data.train))
 
     # Objective and optimizer
-    objective = to_dataclass(transformer_step.TransformerObjective, config.loss, key="config.loss")
-    learning_rate = make_schedule(durations.optimizer(config), durations.total, config.batch_size)
-    tx = make_optimizer(durations.optimizer(config), learning_rate)
+    recipe = transformer_recipe(config, model, durations)
 
     # State: restored, or born sharded
-    init = transformer_step.make_init(model, tx, ema=config.ema_decay > 0)
     with setup.open_checkpoints(config, path) as checkpoints, jax.set_mesh(mesh):
-        state, start = setup.restore_or_init(checkpoints, init, mesh, config, load_initial)
+        state, start = setup.restore_or_init(checkpoints, recipe.init, mesh, config, load_initial)
         write_run_record(path, config)
         if not start.step:
-            print(parameter_overview.get_parameter_overview(state.params, include_stats=False), flush=True)
+            parallel.say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
 
         # Step
-        step = transformer_step.make_step(
-            model, objective, tx, ema_decay=config.ema_decay, accumulation=config.accumulation
-        )
-        step_fn = setup.jit_step(step, learning_rate, state, frozen)
+        step = setup.jit_step(recipe.step, recipe.learning_rate, state)
+        plain = transformer_recipe(config, dataclasses.replace(model, remat=""), durations)
+        flops = flops_counter(plain.step, state, frozen)
+        if config.replay:
+            parallel.say(replay(config.replay, recipe.step, state, frozen, mesh, step=start.step))
+            return state
 
         # Evaluations and pictures
         score = likelihood_scorer(model, mesh, config.batch_size)
@@ -97,15 +97,21 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             return pictures(params(state), frozen, step)
 
         # Loop
-        with open_writer(path, resume_step=start.step, hand_to_clu=config.hand_to_clu) as writer:
+        with setup.open_logs(config, path, start) as writer:
             return loop.train(
                 state,
-                step_fn=step_fn,
+                step_fn=lambda state, batch: step(state, batch, frozen),
                 batches=setup.training_batches(config, mesh, data.train, data.train_transform, start.examples),
                 schedule=durations.schedule(config),
                 checkpoints=checkpoints,
                 writer=writer,
-                record=setup.make_record(config, "transformer", stages=stages.digest, classes=list(data.train.classes)),
+                record=setup.make_record(
+                    config,
+                    "transformer",
+                    stages=stages.digest,
+                    classes=list(data.train.classes),
+                    tables={key: list(names) for key, names in getattr(data.train, "tables", {}).items()},
+                ),
                 start_step=start.step,
                 start_examples=start.examples,
                 workdir=path,
@@ -116,7 +122,9 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                 score=scheduled_score,
                 draw=draw if config.images_shown else None,
                 headline=("nll", "accuracy"),
+                flops=flops,
                 profile=setup.profile_range(config),
+                watchdog=setup.open_watchdog(config, path),
             )
 
 

@@ -17,20 +17,18 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from vqgan_jax import cli, images, parallel, pretrained, weights
-from vqgan_jax.config import to_dataclass
 from vqgan_jax.convert import networks
 from vqgan_jax.evals.runner import reconstruction_scorer
-from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig, model_input
 from vqgan_jax.scoring import scheduled
-from vqgan_jax.train import loop, setup, vqgan_step
-from vqgan_jax.train.metric_writer import open_writer
-from vqgan_jax.train.optimizers import make_optimizer, make_schedule
+from vqgan_jax.train import loop, setup
+from vqgan_jax.train.recipe import uses_lpips, vqgan_recipe
+from vqgan_jax.train.replay import replay
 from vqgan_jax.train.run_record import write_run_record
+from vqgan_jax.train.speed import flops_counter
 from vqgan_jax.train.state import TrainState
 
 FLAGS = flags.FLAGS
-DURATIONS = ("adversarial_start", "adversarial_ramp")  # among the fields of config.loss
 
 
 def train(config: ConfigDict, workdir: str) -> TrainState:
@@ -44,33 +42,30 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     # Model
     setup.check_same_model(config, path)
     model_config = VQGANConfig.from_config(config.model)
-    model = VQGAN(model_config, setup.dtype_of(config), config.remat)
+    model = VQGAN(model_config, setup.dtype_of(config), setup.remat_of(config))
 
     # Data
     data = setup.open_data(config, (model_config.input_key,), factor=model_config.factor)
     durations = setup.Durations(config, len(data.train))
 
     # Objective, optimizers and frozen networks
-    loss = durations.replace(config.loss, "config.loss", DURATIONS)
-    objective = to_dataclass(vqgan_step.VQGANObjective, loss, key="config.loss")
-    learning_rate = make_schedule(durations.optimizer(config), durations.total, config.batch_size)
-    optimizer = make_optimizer(durations.optimizer(config), learning_rate)
-    tx = {"generator": optimizer, "discriminator": optimizer}
+    recipe = vqgan_recipe(config, model, durations)
     frozen = parallel.put_tree(load_frozen(config), mesh)
 
     # State: restored, or born sharded
-    init = vqgan_step.make_init(model, tx, ema=config.ema_decay > 0)
     with setup.open_checkpoints(config, path) as checkpoints, jax.set_mesh(mesh):
-        state, start = setup.restore_or_init(checkpoints, init, mesh, config, load_initial)
+        state, start = setup.restore_or_init(checkpoints, recipe.init, mesh, config, load_initial)
         write_run_record(path, config)
         if not start.step:
-            print(parameter_overview.get_parameter_overview(state.params, include_stats=False), flush=True)
+            parallel.say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
 
         # Step
-        step = vqgan_step.make_step(
-            model, objective, LPIPS(), tx, ema_decay=config.ema_decay, accumulation=config.accumulation
-        )
-        step_fn = setup.jit_step(step, learning_rate, state, frozen)
+        step = setup.jit_step(recipe.step, recipe.learning_rate, state)
+        plain = vqgan_recipe(config, model.clone(remat=""), durations)
+        flops = flops_counter(plain.step, state, frozen)
+        if config.replay:
+            parallel.say(replay(config.replay, recipe.step, state, frozen, mesh, step=start.step))
+            return state
 
         # Evaluations and pictures
         score = reconstruction_scorer(model, mesh, config.batch_size)
@@ -96,10 +91,10 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             return {"reconstructions": images.grid(pictures, columns=8)}
 
         # Loop
-        with open_writer(path, resume_step=start.step, hand_to_clu=config.hand_to_clu) as writer:
+        with setup.open_logs(config, path, start) as writer:
             return loop.train(
                 state,
-                step_fn=step_fn,
+                step_fn=lambda state, batch: step(state, batch, frozen),
                 batches=setup.training_batches(config, mesh, data.train, data.train_transform, start.examples),
                 schedule=durations.schedule(config),
                 checkpoints=checkpoints,
@@ -114,13 +109,15 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                 score=scheduled_score,
                 draw=draw if config.images_shown else None,
                 headline=("nll", "codebook_perplexity"),
+                flops=flops,
                 profile=setup.profile_range(config),
+                watchdog=setup.open_watchdog(config, path),
             )
 
 
 def load_frozen(config: ConfigDict) -> dict[str, Any]:
     """LPIPS's variables, where the objective uses it."""
-    if not config.loss.perceptual_weight or config.loss.reconstruction == "bce":
+    if not uses_lpips(config):
         return {}
     vgg = weights.fetch("vgg16", config.lpips.vgg or None, flag="--config.lpips.vgg")
     heads = weights.fetch("lpips_vgg", config.lpips.heads or None, flag="--config.lpips.heads")

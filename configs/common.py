@@ -4,6 +4,10 @@ Durations are texts in any unit: "300" (steps), "2 epochs", "1e6 examples", "10%
 '(1, 1, 2)' on the command line; an empty text or 0 switches an option off.
 """
 
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
@@ -16,9 +20,10 @@ def run() -> ConfigDict:
             batch_size=8,  # global: over all devices and hosts
             accumulation=1,  # micro-batches a step
             dtype="float32",  # compute; parameters are float32 always
-            remat=False,
+            remat="",  # what the backward pass computes again: "block", "attention", "dots" (all but products)
             ema_decay=0.999,  # 0: none
-            nonfinite_budget=0,  # steps that may be skipped because they were not finite
+            nonfinite_budget=0,  # steps that may be skipped because they were not finite; their batches are kept
+            replay="",  # WORKDIR/nonfinite/step_*.npz: run this batch again, and say which operation was not finite
             init_from="",  # a workdir or an imported model whose parameters to start from; the optimizer starts fresh
             init_exclude=(),  # of these, what starts fresh too: ("discriminator", "generator/decoder/conv_out")
             log_every="50",
@@ -34,6 +39,8 @@ def run() -> ConfigDict:
             images_shown=16,
             checkpoint=dict(keep_last=2, keep_best=1),
             hand_to_clu=False,  # write through clu.metric_writers, where TensorFlow is installed
+            wandb="",  # "project" or "entity/project" of Weights & Biases, where wandb is installed
+            watchdog_seconds=1800,  # several hosts: end if a step takes longer, naming whom all wait for; 0: never
             profile="",  # "100-110": steps to trace
             mesh=dict(data=-1, fsdp=1, tensor=1),
         )
@@ -60,13 +67,14 @@ def data(source: str = "scenes") -> ConfigDict:
             classes="",  # those to keep: "restricted" (of ImageNet), or names and ranks such as "n01440764, 30-32"
             min_objects=1,  # coco, open_images: leave out pictures with fewer boxes
             min_box_area=0.0,  # and boxes of a smaller share of the picture
-            image_size=64,
+            image_size=64,  # pixels a side, or in a config file (height, width)
             resize_to=0,  # what the short side is resized to before the crop; 0: image_size
             resize="bilinear",  # antialiased, as the paper prepares real images for its FID
             crop="random",
             crop_scale=(0.5, 1.0),  # share of the area, for crop="random_resized"
             flip=True,
             max_boxes=16,
+            low_res_factor=8,  # of low_res: so many times coarser than the picture
             threads=4,
             processes=0,
             max_corrupt_share=0.01,
@@ -201,7 +209,7 @@ def transformer() -> ConfigDict:
     """A whole stage-2 config: GPT2-medium, unconditional, to be changed by a config file."""
     config = run()
     config.vqgan = ""  # workdir of the first stage
-    config.cond_vqgan = ""  # workdir of the condition's VQGAN, for condition.name="image"
+    config.cond_vqgan = ""  # workdir of the VQGAN of an encoded condition; of several, with commas between
     config.cache_codes = False  # encode the data once (centre crops, mirrored too with data.flip), not at every step
     config.codes = ""  # a folder that vqgan_jax.tools.encode wrote: read its codes in place of pictures
     config.model = ConfigDict(
@@ -211,7 +219,7 @@ def transformer() -> ConfigDict:
                 heads=16,
                 width=1024,
                 block_size=0,  # 0: as many positions as the sequence needs
-                prefix=0,
+                prefix=0,  # condition tokens that see each other both ways; -1: all of them
                 embed_dropout=0.0,
                 residual_dropout=0.0,
                 attention_dropout=0.0,
@@ -231,6 +239,12 @@ def transformer() -> ConfigDict:
     return config
 
 
+def condition_parts(condition: ConfigDict) -> list[ConfigDict]:
+    """The parts of a joint condition; of another, itself."""
+    joint = condition.name == "joint"
+    return [part for name, part in condition.items() if name != "name"] if joint else [condition]
+
+
 def reference(config: ConfigDict) -> ConfigDict:
     """Sets every oddity of the reference at once, on a config of either stage: the `reference` argument of configs.
 
@@ -244,10 +258,11 @@ def reference(config: ConfigDict) -> ConfigDict:
         config.loss.label_smoothing = 0.0
         config.model.shared_vocabulary = True
         condition = config.model.condition
-        if condition.name == "coordinates":
-            condition.scheme = "raster"
-        if condition.name == "objects":
-            condition.trim = False
+        for part in condition_parts(condition):
+            if part.name == "coordinates":
+                part.scheme = "raster"
+            if part.name == "objects":
+                part.trim = False
         return config
     config.optimizer = adam(4.5e-6, b1=0.5, b2=0.9, **plain)
     loss, quantizer = config.loss, config.model.quantizer
@@ -259,6 +274,46 @@ def reference(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def shrink_vqgan(config: ConfigDict) -> ConfigDict:
+    """A full-size VQGAN as small as its kind allows: the same factor, input and quantizer, on pictures of four codes a
+    side, narrow, without weights to download, and with its discriminator from the first step."""
+    model = config.model
+    ae, quantizer = model.autoencoder, model.quantizer
+    levels = len(ae.multipliers)
+    size = small_size(2 ** (levels - 1))
+    attends = bool(ae.attention_resolutions)
+    ae.resolution, ae.channels, ae.multipliers, ae.blocks = size, 32, (1,) * levels, 1
+    ae.attention_resolutions = (size >> levels - 1,) if attends else ()
+    quantizer.codebook_size, quantizer.dim = min(quantizer.codebook_size, 64), min(quantizer.dim, 16)
+    ae.z_channels = quantizer.dim
+    if "input_dim" in quantizer:
+        quantizer.input_dim = quantizer.dim
+    model.discriminator.channels = 16
+    config.loss.perceptual_weight, config.loss.adversarial_start = 0.0, "0"
+    return _small_data(config, size)
+
+
+def shrink_transformer(config: ConfigDict, factor: int) -> ConfigDict:
+    """A full-size transformer as small as its kind allows, on codes of a small VQGAN of `factor` pixels a code."""
+    gpt, size = config.model.transformer, small_size(factor)
+    gpt.layers, gpt.heads, gpt.width, gpt.block_size = 2, 2, 32, 0
+    config.model.grid = (size // factor, size // factor)
+    return _small_data(config, size)
+
+
+def small_size(factor: int) -> int:
+    """Height and width in pixels of the pictures of a small model: four codes a side or more."""
+    return max(32, 4 * factor)
+
+
+def _small_data(config: ConfigDict, size: int) -> ConfigDict:
+    data = config.data
+    with data.ignore_type():  # of a size that is not square
+        data.image_size = size
+    data.resize_to, data.classes = 0, ""
+    return config
+
+
 def run_local(config: ConfigDict) -> ConfigDict:
     """Two steps on a laptop, to see that a config runs: the `runlocal` argument of every config."""
     config.steps, config.batch_size, config.accumulation, config.eval_examples = "2", 8, 1, 16
@@ -266,3 +321,25 @@ def run_local(config: ConfigDict) -> ConfigDict:
     config.data.source, config.data.train_examples, config.data.val_examples = "scenes", 32, 16
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
     return config
+
+
+def product(*axes: Mapping[str, Sequence[Any]] | Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Every combination, for a config's `sweep()`: product({"seed": (0, 1), "optimizer.learning_rate": (1e-3, 1e-4)}).
+
+    Args:
+      *axes: values by key, all of which are combined; or what `product` and `zipped` give, which is taken as it is.
+    """
+    choices = []
+    for axis in axes:
+        if isinstance(axis, Mapping):
+            choices += [[{key: value} for value in values] for key, values in axis.items()]
+        else:
+            choices.append(list(axis))
+    for parts in itertools.product(*choices):
+        yield {key: value for part in parts for key, value in part.items()}
+
+
+def zipped(values: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """The first values of all keys, then the second ones, and so on. Raises ValueError where some have more."""
+    for row in zip(*values.values(), strict=True):
+        yield dict(zip(values, row, strict=True))

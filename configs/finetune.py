@@ -15,8 +15,10 @@ from ml_collections import ConfigDict
 
 from configs import common
 from vqgan_jax import storage
+from vqgan_jax.conditioning import condition_config, encoded_keys
 from vqgan_jax.config import UserError
 from vqgan_jax.models.vqgan import VQGANConfig
+from vqgan_jax.train.setup import cond_folders
 
 RECORDS = ("stage.json", "config.json")  # of an imported model or a portable stage; of a run
 
@@ -55,8 +57,8 @@ def fine_transformer(directory: epath.Path, model: dict[str, Any]) -> ConfigDict
     config = common.transformer()
     config.model = ConfigDict(model)
     config.vqgan = str(directory / "first_stage")
-    if model["condition"]["name"] == "image":
-        config.cond_vqgan = str(directory / "cond_stage")
+    encoded = encoded_keys(condition_config(model["condition"], f"{directory}: model.condition"))
+    config.cond_vqgan = ",".join(str(directory / folder) for folder in cond_folders(encoded).values())
     first = VQGANConfig.from_config(read_model(directory / "first_stage"), key=config.vqgan)
     config.data.image_size = model["grid"][0] * first.factor
     config.optimizer = common.adamw(1e-5)

@@ -3,9 +3,11 @@
     python train_transformer.py --config=configs/paper_transformer.py:class_imagenet_big --workdir=runs/x \\
         --config.vqgan=runs/vqgan --config.data.path=/imagenet
 
-Arguments: the row's name first; `reference` the original's oddities; `runlocal` two steps. A row's `first` and `cond`
-name the stages of configs/paper_vqgan.py to train before it. All have 16 heads and codes of f16, or of the row's stage,
-on crops of 16 x 16 codes. The learning rate is 4.5e-6 times the batch.
+Arguments: the row's name first; `reference` the original's oddities; `runlocal` two steps of a small model of the same
+kind on the embedded scenes. A row's `first` and `cond` name the stages of configs/paper_vqgan.py to train before it
+(`ROW,runlocal` for `runlocal`), to be given as `--config.vqgan` and `--config.cond_vqgan`. All have 16 heads and codes
+of f16, or of the row's stage, on crops of 16 x 16 codes unless the row says otherwise. The learning rate is 4.5e-6
+times the batch.
 """
 
 import dataclasses
@@ -29,6 +31,7 @@ class Row:
     cond: str = ""  # row of paper_vqgan.py, for a condition that is encoded
     source: str = ""  # config.data.source, where it is not that of the stages
     condition: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
+    grid: tuple[int, int] = (16, 16)  # of codes
     positions: int = 512
     dropout: float = 0.0
     batch: int = 48
@@ -77,7 +80,7 @@ ROWS = {
         published="FID 15.78 with top-p 0.88; 5.20 with top-k 600 and 5 % acceptance",
     ),
     "class_restricted_imagenet": Row(
-        "restricted_imagenet", 129_316_608, layers=18, width=768, condition=label(1000), positions=257
+        "restricted_imagenet", 128_960_256, layers=18, width=768, condition=label(203), positions=257
     ),
     "class_cifar10": Row("cifar10", 304_671_744, condition=label(10), positions=257),
     # Semantic synthesis
@@ -118,8 +121,15 @@ ROWS = {
     "super_resolution": Row(
         "imagenet_f8", 153_778_176, layers=12, cond="imagenet_low_res", condition=encoded("low_res")
     ),
-    "pose_deepfashion": Row(
-        "deepfashion", 129_549_312, layers=18, width=768, cond="deepfashion_keypoints", condition=encoded("keypoints")
+    "pose_deepfashion": Row(  # whole persons: 340 positions are two upright grids
+        "deepfashion",
+        129_417_216,
+        layers=18,
+        width=768,
+        cond="deepfashion_keypoints",
+        condition=encoded("keypoints"),
+        grid=(17, 10),
+        positions=340,
     ),
     # Scenes
     "coco_scenes": Row(
@@ -158,9 +168,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.batch_size = row.batch
     config.data = paper_vqgan.data(paper_vqgan.ROWS[row.cond or row.first])
     config.data.source = row.source or config.data.source
-    config.data.image_size, config.data.classes = 16 * first.factor, first.classes
+    config.data.classes = first.classes
+    height, width = (n * first.factor for n in row.grid)
+    with config.data.ignore_type():
+        config.data.image_size = height if height == width else (height, width)
 
     model = config.model
+    model.grid = row.grid
     gpt = model.transformer
     gpt.layers, gpt.width, gpt.block_size = row.layers, row.width, row.positions
     gpt.embed_dropout = gpt.residual_dropout = gpt.attention_dropout = row.dropout
@@ -168,4 +182,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.sampling.top_k = row.top_k
     if arg.reference:
         common.reference(config)
-    return common.run_local(config) if arg.runlocal else config
+    return common.run_local(common.shrink_transformer(config, first.factor)) if arg.runlocal else config

@@ -3,9 +3,10 @@
     python train_vqgan.py --config=configs/paper_vqgan.py:imagenet_f16_1024 --workdir=runs/x \\
         --config.data.path=/imagenet
 
-Arguments: the row's name first; `reference` the original's oddities; `runlocal` two steps on the embedded scenes.
-Where the paper leaves a number open (widths of f2, f4, f8 and f32, batch sizes), the row follows its nearest relative.
-Learning rate everywhere: 4.5e-6 times the batch. The adversarial loss starts late on purpose: section 4 of the paper.
+Arguments: the row's name first; `reference` the original's oddities; `runlocal` two steps of a small model of the same
+kind on the embedded scenes. Where the paper leaves a number open (widths of f2, f4, f8 and f32, batch sizes), the row
+follows its nearest relative. Learning rate everywhere: 4.5e-6 times the batch. The adversarial loss starts late on
+purpose: section 4 of the paper.
 """
 
 import dataclasses
@@ -158,4 +159,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.checkpoint.best_metric, config.checkpoint.best_mode = "val/bce", "min"
     if arg.reference:
         common.reference(config)
-    return common.run_local(config) if arg.runlocal else config
+    return common.run_local(common.shrink_vqgan(config)) if arg.runlocal else config

@@ -25,7 +25,7 @@ from vqgan_jax.torch_files import open_tensors
 from vqgan_jax.train.checkpoints import Checkpoints, load
 
 ROOT = Path(__file__).parent.parent
-SPEEDS = {"time", "images/s", "tokens/s", "step_seconds", "step_seconds_p99", "data_wait_seconds"}
+SPEEDS = {"time", "images/s", "tokens/s", "step_seconds", "step_seconds_p99", "data_wait_seconds", "data_wait_share"}
 
 
 @pytest.fixture(scope="module", autouse=True)

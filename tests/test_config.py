@@ -23,7 +23,8 @@ from vqgan_jax.config import (
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "common")
-WALKED = [path for path in CONFIGS if path.stem != "finetune"]  # which needs a model: see test_finetune.py
+# Not finetune, which needs a model (test_finetune.py), nor demo_sweep, which has a chain of others' (test_trials.py).
+WALKED = [path for path in CONFIGS if path.stem not in ("finetune", "demo_sweep")]
 
 
 def load(path: Path, arg: str | None = None) -> ConfigDict:

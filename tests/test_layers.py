@@ -10,10 +10,12 @@ LAYERS = {
     "config": 0,
     "parallel": 0,
     "drawing": 0,
+    "hlo": 0,
     "images": 0,
     "storage": 0,
     "torch_files": 0,
     "torch_pickle": 0,
+    "watchdog": 0,
     "weights": 0,
     "cli": 0,
     "models": 1,
@@ -33,6 +35,7 @@ LAYERS = {
     "trained_transformer": 4,
     "front_door": 4,
     "scoring": 4,
+    "request": 4,
     "tools": 5,
 }
 FILES = sorted((ROOT / "vqgan_jax").rglob("*.py"))

@@ -3,15 +3,25 @@
 import math
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+import train_transformer
+import train_vqgan
 from configs import paper_transformer, paper_vqgan
 from tests.test_config import load
+from vqgan_jax import pretrained
 from vqgan_jax.config import UserError
+from vqgan_jax.data import scenes
+from vqgan_jax.data.transforms import Transform
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
-from vqgan_jax.tokenizer import Tokenizer
+from vqgan_jax.tokenizer import Tokenizer, by_input_key
+from vqgan_jax.train import setup
+from vqgan_jax.train.recipe import transformer_recipe, uses_lpips, vqgan_recipe
 from vqgan_jax.transformer import ImageTransformer, TransformerConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -101,9 +111,93 @@ def test_a_transformer_has_the_parameters_of_the_reference(name):
         for stage in (row.first, row.cond)
         if stage
     ]
-    model = ImageTransformer(TransformerConfig.from_config(config.model), *stages)
+    model = ImageTransformer(TransformerConfig.from_config(config.model), stages[0], by_input_key(stages[1:]))
     model.check_size(config.data.image_size)
     assert count(jax.eval_shape(model.init, jax.random.key(0))) == row.parameters == gpt(row)
+
+
+def abstract_step(recipe, batch, frozen):
+    """Traces a step of a fresh state, which it returns."""
+    state = nn.unbox(jax.eval_shape(recipe.init, jax.random.key(0)))
+    after, metrics = jax.eval_shape(recipe.step, state, batch, frozen)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert "skipped" in metrics
+    return state
+
+
+def abstract_batch(config, keys):
+    """What the row's transform makes of a scene, as many times as there are rows."""
+    transform = Transform.from_config(config.data, keys=keys, classes=len(scenes.CLASSES), train=True)
+    size = config.data.image_size
+    row = transform(scenes.render(0, 1, size, size), np.random.default_rng(0))
+    return {key: jax.ShapeDtypeStruct((config.batch_size, *value.shape), value.dtype) for key, value in row.items()}
+
+
+def local_stage(name: str) -> Tokenizer:
+    """A first stage's `runlocal`."""
+    return Tokenizer(VQGAN(VQGANConfig.from_config(load(CONFIGS / "paper_vqgan.py", f"{name},runlocal").model)))
+
+
+def abstract_variables(tokenizer: Tokenizer):
+    ae = tokenizer.config.autoencoder
+    images = jax.ShapeDtypeStruct((1, ae.resolution, ae.resolution, ae.in_channels), jnp.float32)
+    keys = {"params": jax.random.key(0), "quantizer": jax.random.key(1)}
+    return jax.eval_shape(lambda x: nn.unbox(tokenizer.model.init(keys, x)), images)
+
+
+def test_runlocal_of_every_first_stage_is_small_and_steps():
+    """A step is traced of one of each kind: tracing all takes a minute, and the factor changes no more than shapes."""
+    traced = set()
+    for name, row in paper_vqgan.ROWS.items():
+        config = load(CONFIGS / "paper_vqgan.py", f"{name},runlocal")
+        model = VQGAN(VQGANConfig.from_config(config.model))
+        assert model.config.factor == row.factor and model.config.input_key == row.key, name
+        assert type(model.config.quantizer).__name__.lower().startswith(row.quantizer)
+        ae = model.config.autoencoder
+        assert ae.channels * max(ae.multipliers) == 32 and ae.blocks == 1 and ae.resolution <= 128, name
+        assert not uses_lpips(config) and config.data.source == "scenes", name
+        batch = abstract_batch(config, (row.key,))
+        kind = (row.quantizer, min(row.channels, 4), row.discriminator_layers)
+        if kind not in traced:
+            state = abstract_step(vqgan_recipe(config, model, setup.Durations(config, 32)), batch, {})
+            assert count(state.params["generator"]) < 1_000_000
+        traced.add(kind)
+
+
+def test_runlocal_of_every_transformer_is_small_and_steps():
+    """A step is traced of one of each kind of condition."""
+    traced = set()
+    for name, row in paper_transformer.ROWS.items():
+        config = load(CONFIGS / "paper_transformer.py", f"{name},runlocal")
+        first, cond = local_stage(row.first), [local_stage(row.cond)] if row.cond else []
+        model = ImageTransformer(TransformerConfig.from_config(config.model), first, by_input_key(cond))
+        model.check_size(config.data.image_size)
+        assert config.model.condition == ConfigDict(dict(row.condition)), name
+        assert model.condition.labels == 0 or model.condition.labels >= len(scenes.CLASSES), name
+        assert model.gpt.block_size < 600 and model.gpt.width == 32 and config.data.source == "scenes", name
+        batch = abstract_batch(config, ("image", *model.condition.keys))
+        if row.condition["name"] not in traced:
+            frozen = {f"cond/{stage.config.input_key}": abstract_variables(stage) for stage in cond}
+            frozen["first_stage"] = abstract_variables(first)
+            abstract_step(transformer_recipe(config, model, setup.Durations(config, 32)), batch, frozen)
+        traced.add(row.condition["name"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["class_cifar10", "edges_imagenet", "coco_scenes"])
+def test_runlocal_trains_both_stages_and_samples(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("VQGAN_JAX_CACHE", str(tmp_path / "cache"))
+    row = paper_transformer.ROWS[name]
+    config = load(CONFIGS / "paper_transformer.py", f"{name},runlocal")
+    for key, stage in (("vqgan", row.first), ("cond_vqgan", row.cond)):
+        if stage:
+            config[key] = str(tmp_path / stage)
+            train_vqgan.train(load(CONFIGS / "paper_vqgan.py", f"{stage},runlocal"), config[key])
+    state = train_transformer.train(config, str(tmp_path / "run"))
+    assert int(state.step) == 2 and int(state.skipped) == 0
+    assert list((tmp_path / "run" / "images").rglob("*samples*.png"))
+    trained = pretrained.open_transformer(tmp_path / "run", key="--workdir")
+    assert set(trained.frozen) == {"first_stage", *(f"cond/{key}" for key in trained.stages.cond)}
 
 
 @pytest.mark.parametrize("file", ["paper_vqgan.py", "paper_transformer.py"])

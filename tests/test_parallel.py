@@ -1,6 +1,8 @@
 """The mesh: 8 simulated devices compute what one does, leaves are sharded as the table says, mistakes raise."""
 
+import dataclasses
 import functools
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec as P
 
 from tests import reference as ref
@@ -16,6 +19,7 @@ from vqgan_jax import parallel
 from vqgan_jax.conditioning import ClassLabelConfig
 from vqgan_jax.config import UserError
 from vqgan_jax.models.lpips import LPIPS, LPIPSConfig
+from vqgan_jax.models.quantizers import EMAConfig
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
 from vqgan_jax.tokenizer import Tokenizer
 from vqgan_jax.train import transformer_step, vqgan_step
@@ -27,8 +31,14 @@ MESHES = {
     "tensor": dict(data=4, fsdp=1, tensor=2),
     "mixed": dict(data=2, fsdp=2, tensor=2),
 }
+VQ, EMA = ref.vq(), EMAConfig(64, 16, 0.25, 0.97, 0.1)
 ONE = dict(data=1, fsdp=1, tensor=1)
-TX = optax.sgd(1e-2)
+COMPILED: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: COMPILED.append(event) if "backend_compile" in event else None
+)
+STEPS = 5
+TX = optax.chain(optax.trace(0.0), optax.scale(-1e-3))  # SGD that keeps the last gradient in its state
 
 
 def mesh_of(sizes):
@@ -37,7 +47,7 @@ def mesh_of(sizes):
 
 
 def run(init, step, sizes, rows, frozen=None):
-    """Three SGD steps on a mesh: state and the metrics of each step, on the host."""
+    """Five SGD steps on a mesh: the state, on the host the metrics of each step, and the first gradients."""
     mesh = mesh_of(sizes)
     with jax.set_mesh(mesh):
         state = parallel.init_sharded(init, mesh, jax.random.key(0))
@@ -50,35 +60,43 @@ def run(init, step, sizes, rows, frozen=None):
 
         fast = jax.jit(counted, out_shardings=(shardings, None))  # as the scripts pin them
         frozen = parallel.put_tree(frozen or {}, mesh)
-        metrics = []
-        for k in range(3):
+        metrics, first = [], None
+        for k in range(STEPS):
             batch = parallel.put_batch({name: x[k] for name, x in rows.items()}, mesh, 8)
+            before = len(COMPILED)
             state, m = fast(state, batch, frozen)
+            assert k == 0 or len(COMPILED) == before, "one compilation for all steps"
             metrics.append(jax.device_get(m))
+            first = first or jax.device_get({name: opt[0].trace for name, opt in state.opt_state.items()})
     assert len(traces) == 1, "one trace for all steps"
-    return state, metrics
+    wanted = parallel.abstract_sharded(init, mesh, jax.random.key(0))
+    jax.tree.map(lambda x, like: assert_sharded_like(x, like.sharding, "state"), state, wanted)
+    return state, metrics, first
 
 
 def compare(one, many):
-    """Losses and gradient norms of each step, and the parameters after the last. The adaptive weight divides by the
-    norm of a small gradient, which rounding moves by a thousandth."""
+    """The first step's metrics and gradients, and the parameters after the last step, to 1e-5. Between, the adaptive
+    weight divides by the norm of a gradient that nearly cancels, which rounding moves by a thousandth."""
     for k, (a, b) in enumerate(zip(one[1], many[1], strict=True)):
         for name in a:
-            loose = name == "adaptive_weight" or (k and "adaptive_weight" in a)
-            np.testing.assert_allclose(a[name], b[name], rtol=1e-2 if loose else 2e-4, atol=1e-4, err_msg=name)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4),
-        *(jax.device_get((s.params, s.collections)) for s in (one[0], many[0])),
-    )
+            rtol = 1e-5 if k == 0 else 1e-2 if "adaptive_weight" in a else 2e-5
+            np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=1e-5, err_msg=f"{name} of step {k}")
+    for network, gradients in one[2].items():
+        largest = max(np.abs(g).max() for g in jax.tree.leaves(gradients))
+        same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5 * largest)
+        jax.tree.map(same, gradients, many[2][network])
+    same = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
+    jax.tree.map(same, *(jax.device_get((s.params, s.ema, s.collections)) for s in (one[0], many[0])))
 
 
 @functools.cache
-def vqgan_case():
-    model = VQGAN(VQGANConfig(ref.autoencoder(), ref.vq(), ref.VQGAN_TINY.discriminator, "image"))
+def vqgan_case(quantizer=VQ, norm="batch"):
+    discriminator = dataclasses.replace(ref.VQGAN_TINY.discriminator, norm=norm)
+    model = VQGAN(VQGANConfig(ref.autoencoder(), quantizer, discriminator, "image"))
     # L2, for the sign of an L1 gradient can flip with rounding
     objective = vqgan_step.VQGANObjective(**OBJECTIVE | {"adversarial_start": 0, "reconstruction": "l2"})
     lpips = LPIPS(LPIPSConfig((8, 8), (1, 1)))
-    images = np.random.default_rng(0).uniform(-1, 1, (3, 8, 32, 32, 3)).astype(np.float32)
+    images = np.random.default_rng(0).uniform(-1, 1, (STEPS, 8, 32, 32, 3)).astype(np.float32)
     frozen = {"lpips": lpips.init(jax.random.key(3), images[0, :1], images[0, :1])}
     tx = {"generator": TX, "discriminator": TX}
     init = vqgan_step.make_init(model, tx, ema=True)
@@ -94,8 +112,8 @@ def transformer_case():
     model = ImageTransformer(config, Tokenizer(VQGAN(ref.FIRST_STAGE_TINY)))
     rng = np.random.default_rng(0)
     rows = {
-        "codes/image": rng.integers(0, 64, (3, 8, 4, 4)).astype(np.int32),
-        "label": rng.integers(0, 8, (3, 8)).astype(np.int32),
+        "codes/image": rng.integers(0, 64, (STEPS, 8, 4, 4)).astype(np.int32),
+        "label": rng.integers(0, 8, (STEPS, 8)).astype(np.int32),
     }
     init = transformer_step.make_init(model, TX, ema=True)
     step = transformer_step.make_step(model, transformer_step.TransformerObjective(1.0, 0.0), TX, ema_decay=0.9)
@@ -103,8 +121,8 @@ def transformer_case():
 
 
 @functools.cache
-def on_one_device(case):
-    return run(case()[0], case()[1], ONE, *case()[2:])
+def on_one_device(case, *kind):
+    return run(case(*kind)[0], case(*kind)[1], ONE, *case(*kind)[2:])
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -112,25 +130,84 @@ def test_transformer_on_eight_devices_equals_one(name):
     init, step, rows = transformer_case()
     many = run(init, step, MESHES[name], rows)
     compare(on_one_device(transformer_case), many)
-    kernel = many[0].params["transformer"]["blocks"]["attention"]["query_kernel"]
-    moved = P(None, "fsdp", "tensor")
-    assert kernel.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh_of(MESHES[name]), moved), 3)
-    assert (
-        many[0]
-        .ema["transformer"]["head"]
-        .sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh_of(MESHES[name]), P("fsdp", "tensor")), 2)
-    )
 
 
-@pytest.mark.parametrize("name", ["data", pytest.param("fsdp", marks=pytest.mark.slow), "mixed"])
-def test_vqgan_on_eight_devices_equals_one(name, monkeypatch):
-    """BatchNorm, the codebook's statistics and every metric are global."""
+PLACES = {  # every parameter of the transformer, its layers stacked
+    "token_embedding": P("tensor", "fsdp"),
+    "position_embedding": P(None, "fsdp"),
+    "blocks/norm1/scale": P(None, "fsdp"),
+    "blocks/norm1/bias": P(None, "fsdp"),
+    "blocks/norm2/scale": P(None, "fsdp"),
+    "blocks/norm2/bias": P(None, "fsdp"),
+    "blocks/attention/query_kernel": P(None, "fsdp", "tensor"),
+    "blocks/attention/query_bias": P(None, "tensor"),
+    "blocks/attention/key_kernel": P(None, "fsdp", "tensor"),
+    "blocks/attention/key_bias": P(None, "tensor"),
+    "blocks/attention/value_kernel": P(None, "fsdp", "tensor"),
+    "blocks/attention/value_bias": P(None, "tensor"),
+    "blocks/attention/out_kernel": P(None, "tensor", "fsdp"),
+    "blocks/attention/out_bias": P(None, "fsdp"),
+    "blocks/mlp_up_kernel": P(None, "fsdp", "tensor"),
+    "blocks/mlp_up_bias": P(None, "tensor"),
+    "blocks/mlp_down_kernel": P(None, "tensor", "fsdp"),
+    "blocks/mlp_down_bias": P(None, "fsdp"),
+    "norm_out/scale": P("fsdp"),
+    "norm_out/bias": P("fsdp"),
+    "head": P("fsdp", "tensor"),
+}
+
+
+def test_every_leaf_of_the_transformer_is_sharded_as_the_table_says():
+    """Parameters, what the optimizer keeps of each, and their averages; the runs above hold their states to this."""
+    mesh = mesh_of(MESHES["mixed"])
+    state = parallel.abstract_sharded(transformer_case()[0], mesh, jax.random.key(0))
+    for tree in (state.params, state.ema, {"transformer": state.opt_state["transformer"][0].trace}):
+        leaves = flatten_dict(tree["transformer"], sep="/")
+        assert set(leaves) == set(PLACES)
+        for name, leaf in leaves.items():
+            spec = [None if size == 65 else axes for axes, size in zip(PLACES[name], leaf.shape, strict=True)]
+            assert_sharded_like(leaf, jax.sharding.NamedSharding(mesh, P(*spec)), name)
+
+
+@pytest.mark.slow
+def test_every_leaf_of_the_vqgan_is_sharded_by_its_size(monkeypatch):
     monkeypatch.setattr(parallel, "MIN_SHARDED_SIZE", 64)
-    init, step, rows, frozen = vqgan_case()
-    many = run(init, step, MESHES[name], rows, frozen)
-    compare(on_one_device(vqgan_case), many)
-    kernel = many[0].params["generator"]["encoder"]["conv_out"]["kernel"]
-    assert (MESHES[name]["fsdp"] > 1) == (not kernel.sharding.is_fully_replicated)
+    mesh = mesh_of(MESHES["mixed"])
+    state = parallel.abstract_sharded(vqgan_case(EMA, "actnorm")[0], mesh, jax.random.key(0))
+    sharded = 0
+    for network, params in state.params.items():
+        alike = [state.opt_state[network][0].trace] + ([state.ema[network]] if network in state.ema else [])
+        for tree in alike:
+            jax.tree.map(lambda a, b: assert_sharded_like(a, b.sharding, "a copy"), params, tree)
+    for leaf in jax.tree.leaves((state.params, state.collections)):
+        axes = [axis for axis, name in enumerate(leaf.sharding.spec) if name == "fsdp"]
+        if leaf.size >= 64 and any(size % 2 == 0 for size in leaf.shape):
+            assert leaf.shape[axes[0]] == max(size for size in leaf.shape if size % 2 == 0)
+            sharded += 1
+        else:
+            assert leaf.sharding.is_fully_replicated
+    assert sharded > 20
+    assert not state.collections["generator"]["codebook"]["quantizer"]["sum"].sharding.is_fully_replicated
+
+
+def assert_sharded_like(leaf, sharding, name):
+    assert leaf.sharding.is_equivalent_to(sharding, len(leaf.shape)), (name, leaf.sharding.spec, sharding.spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param("data", (), marks=pytest.mark.slow),
+        pytest.param("fsdp", (), marks=pytest.mark.slow),
+        ("mixed", ()),
+        pytest.param("mixed", (EMA, "actnorm"), marks=pytest.mark.slow),
+    ],
+)
+def test_vqgan_on_eight_devices_equals_one(name, kind, monkeypatch):
+    """Norms' statistics, ActNorm's start, the codebook's sums and every metric are global."""
+    monkeypatch.setattr(parallel, "MIN_SHARDED_SIZE", 64)
+    init, step, rows, frozen = vqgan_case(*kind)
+    compare(on_one_device(vqgan_case, *kind), run(init, step, MESHES[name], rows, frozen))
 
 
 def test_unknown_names_raise():
@@ -141,6 +218,28 @@ def test_unknown_names_raise():
     boxed = {"w": nn.Partitioned(jax.ShapeDtypeStruct((2,), jnp.float32), ("widht",))}
     with pytest.raises(KeyError):
         parallel.state_shardings(boxed, mesh_of(ONE))
+
+
+def test_slices_are_joined_along_the_batch():
+    """Two slices of four devices each: the tensor axis stays inside a slice, the data axis (or fsdp) runs over both."""
+    devices = [
+        SimpleNamespace(id=k, slice_index=k % 2, platform="cpu", device_kind="cpu", process_index=0) for k in range(8)
+    ]
+    for shape, over in (([2, 2, 2], 0), ([4, 1, 2], 0), ([1, 4, 2], 1)):
+        slices = np.vectorize(lambda d: d.slice_index)(parallel._over_slices(shape, 2, devices))
+        assert slices.shape == tuple(shape) and sorted(slices.ravel()) == [0] * 4 + [1] * 4
+        halves = np.split(slices, 2, axis=over)
+        assert [len(np.unique(half)) for half in halves] == [1, 1]
+    with pytest.raises(UserError, match="config.mesh: the devices are 2 slices"):
+        parallel._over_slices([1, 1, 8], 2, devices)
+
+
+def test_what_does_not_divide_is_left_to_the_compiler():
+    mesh = mesh_of(MESHES["data"])
+    with jax.set_mesh(mesh):
+        for rows, parts in ((16, 8), (3, 1)):
+            y = jax.jit(lambda x: parallel.constrain(x, "batch", None))(jnp.ones((rows, 2)))
+            assert len({str(shard.index) for shard in y.addressable_shards}) == parts
 
 
 @pytest.mark.parametrize("sizes", [dict(data=3), dict(data=-1, fsdp=-1), dict(data=0), dict(data=-1, fsdp=3)])

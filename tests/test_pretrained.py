@@ -5,7 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
+from ml_collections import ConfigDict
 
+from configs import common
 from tests import reference as ref
 from vqgan_jax import pretrained
 from vqgan_jax.conditioning import CoordinatesConfig, UnconditionalConfig
@@ -78,7 +81,7 @@ def test_class_transformer(labelled):
     sampled = labelled.sample(tokens, grid=(8, 8), greedy=True)
     np.testing.assert_array_equal(sampled.reshape(3, -1), golden["greedy_tokens"])
     close(labelled.decode(sampled), golden["greedy_image"])
-    assert labelled.cond_stage is None
+    assert not labelled.cond_stages
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,7 @@ def deep():
 
 def test_depth_transformer(deep):
     golden, model = ref.golden("depth_transformer_tiny.npz"), deep
-    assert model.config.grid == (16, 16) and model.cond_stage.config.input_key == "depth"
+    assert model.config.grid == (16, 16) and list(model.cond_stages) == ["depth"]
     np.testing.assert_array_equal(model.first_stage.encode(golden["image"]).reshape(1, -1), golden["tokens"])
     tokens = model.condition_tokens(golden["depth"])
     np.testing.assert_array_equal(tokens, golden["cond_tokens"])
@@ -122,6 +125,40 @@ def test_an_imported_directory_is_the_same_model(name, tmp_path, labelled, vqgan
     np.testing.assert_array_equal(
         model.first_stage.encode(golden["image"]), labelled.first_stage.encode(golden["image"])
     )
+
+
+def test_several_encoded_conditions_have_a_vqgan_each(tmp_path):
+    for name in ("depth_transformer_tiny", "vqseg_tiny"):
+        convert.main([f"--checkpoint={ref.GOLDEN}/{name}.ckpt", f"--out={tmp_path / name}"])
+    depth, segmentation = str(tmp_path / "depth_transformer_tiny/cond_stage"), str(tmp_path / "vqseg_tiny")
+    config = common.transformer()
+    parts = {key: dict(name="image", input_key=key) for key in ("segmentation", "depth")}
+    config.model.condition = ConfigDict(dict(name="joint", **parts))
+    config.vqgan = str(tmp_path / "depth_transformer_tiny/first_stage")
+    for wrong, message in (
+        (depth, "a 'segmentation' condition needs the workdir"),
+        (f"{depth},{depth},{segmentation}", "the second VQGAN of 'depth'"),
+        (
+            f"{depth},{segmentation},{config.vqgan}",
+            "that VQGAN encodes 'image', the condition is 'depth, segmentation'",
+        ),
+        ("", "config.cond_vqgan: name the workdir"),
+    ):
+        config.cond_vqgan = wrong
+        with pytest.raises(UserError, match=message):
+            pretrained.adopt_stages(config, epath.Path(tmp_path / "run"), jnp.float32)
+    config.cond_vqgan = f"{segmentation},{depth}"
+    stages = pretrained.adopt_stages(config, epath.Path(tmp_path / "run"), jnp.float32)
+    assert set(stages.digest) == {"first_stage", "cond_stage/depth", "cond_stage/segmentation"}
+    assert set(stages.frozen) == {"first_stage", "cond/depth", "cond/segmentation"}
+    assert {key: stage.config.input_key for key, stage in stages.cond.items()} == {key: key for key in parts}
+    config.vqgan = config.cond_vqgan = ""  # the workdir holds its own copies
+    again = pretrained.adopt_stages(config, epath.Path(tmp_path / "run"), jnp.float32)
+    assert again.digest == stages.digest
+    model = ImageTransformer(TransformerConfig.from_config(config.model), stages.first, stages.cond)
+    assert [part.key for part in model.condition.parts] == ["depth", "segmentation"]
+    with pytest.raises(UserError, match="config.cond_vqgan: the VQGAN of 'segmentation' has factor"):
+        model.check_size(16 * stages.first.factor)
 
 
 def test_sampling_keeps_what_is_given_and_follows_its_seed(labelled):

@@ -1,7 +1,9 @@
 """The four stories end to end on tiny models, as a user runs them: train, resume, move, score, sample, and mistakes."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import train_vqgan
 from configs import common, demo_transformer, demo_vqgan
 from vqgan_jax import cli, pretrained
 from vqgan_jax.config import UserError
+from vqgan_jax.request.flags import Asked
 from vqgan_jax.sampling.strategies import Strategy
 from vqgan_jax.scoring import judges
 from vqgan_jax.tools import convert
@@ -108,7 +111,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(runs, tmp_path, s
     train(config, str(workdir))
     jax.tree.map(np.testing.assert_array_equal, arrays(runs / stage), arrays(workdir))
     for before, after in zip(logged(runs / stage), logged(workdir), strict=True):
-        speeds = {"time", "images/s", "tokens/s", "step_seconds", "step_seconds_p99", "data_wait_seconds"}
+        speeds = {"time", "images/s", "tokens/s", "step_seconds", "step_seconds_p99"}
+        speeds |= {"data_wait_seconds", "data_wait_share"}
         assert {k: v for k, v in before.items() if k not in speeds} == {
             k: v for k, v in after.items() if k not in speeds
         }
@@ -128,10 +132,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(runs, tmp_path
 
 def sampled(workdir, out, **changes) -> np.ndarray:
     """The pictures that sample.py makes."""
-    asked = dict(batch=16, seed=0, strategy=Strategy(), classes=[], size="", best=True, dtype="float32")
-    asked |= dict(stride=0, decode="exact", memory=0.0)
-    asked["mesh"] = {"data": -1, "fsdp": 1, "tensor": 1}
-    sample.sample(str(workdir), str(out), **asked | changes)
+    named = {name: changes.pop(name) for name in dataclasses.asdict(Asked()) if name in changes}
+    settings = dict(batch=16, seed=0, strategy=Strategy(), size="", best=True, dtype="float32")
+    settings |= dict(stride=0, decode="exact", memory=0.0, every=0)
+    settings["mesh"] = {"data": -1, "fsdp": 1, "tensor": 1}
+    sample.sample(str(workdir), str(out), Asked(**named), **settings | changes)
     with np.load(Path(out) / "samples.npz") as arrays:
         return arrays["arr_0"]
 
@@ -209,6 +214,32 @@ def test_a_step_over_the_budget_of_non_finite_ones_stops_the_run(tmp_path):
     with pytest.raises(UserError, match=r"step \d"):
         train_vqgan.train(config, str(tmp_path / "w"))
     assert list((tmp_path / "w" / "nonfinite").glob("*.npz"))
+
+
+@pytest.mark.slow
+def test_a_refused_batch_is_replayed_to_the_operation(tmp_path, capsys):
+    config = vqgan_config("2")
+    train_vqgan.train(config, str(tmp_path / "w"))
+    batch = np.random.default_rng(0).uniform(-1, 1, (8, 16, 16, 3)).astype(np.float32)
+    for name, value, said in (
+        (
+            "huge",
+            1e30,
+            r"step 2: invalid value \(nan\) encountered in \w+, first in vqgan_jax/.*py:\d+: .*\(not finite: .*l2",
+        ),
+        ("nan", np.nan, "the batch itself is not finite: image"),
+    ):
+        batch[0, 0, 0, 0] = value
+        np.savez(tmp_path / f"{name}.npz", image=batch)
+        config.replay = str(tmp_path / f"{name}.npz")
+        capsys.readouterr()
+        train_vqgan.train(config, str(tmp_path / "w"))
+        assert re.search(said, capsys.readouterr().out)
+    np.savez(tmp_path / "other.npz", codes=batch)
+    for file, said in (("other.npz", "does not fit this model"), ("none.npz", "cannot be read")):
+        config.replay = str(tmp_path / file)
+        with pytest.raises(UserError, match=f"{file}.*{said}"):
+            train_vqgan.train(config, str(tmp_path / "w"))
 
 
 def test_unconditional_codes_train_score_and_sample(runs, tmp_path, monkeypatch):
@@ -403,3 +434,4 @@ def test_mistakes_on_the_command_line(tmp_path, argv, message):
 def test_help_teaches(script):
     done = run_script(script, "--help")
     assert f"python {script} --" in done.stdout and "--workdir" in done.stdout
+    assert done.returncode == 0 and "distributed" in done.stdout  # flags that other modules define as well

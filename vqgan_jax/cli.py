@@ -1,9 +1,10 @@
 """How every entry point starts: flags whose errors are one line, user errors without a stack trace, several hosts."""
 
+import contextlib
 import logging as std_logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -11,10 +12,13 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from vqgan_jax import storage
+from vqgan_jax import storage, watchdog, weights
 from vqgan_jax.config import UserError
 
+flags.disclaim_key_flags()  # they are those of the script that defines them: its --help lists them
 FAILED = 2  # the exit code of every user error
+JOIN_SECONDS = 270  # that hosts may take to find each other; JAX aborts after 300
+DISTRIBUTED = "VQGAN_JAX_DISTRIBUTED"  # the variable by which launch/ says that several processes form one job
 
 
 def define_training_flags() -> None:
@@ -27,9 +31,11 @@ def define_training_flags() -> None:
 
 
 def define_distributed_flag() -> None:
-    """--distributed: whether several processes form one job."""
+    """--distributed: whether several processes form one job. What launch/ starts is told so by the environment."""
     flags.DEFINE_bool(
-        "distributed", False, "Several hosts: call jax.distributed.initialize, which finds TPU pods, GKE and Slurm."
+        "distributed",
+        os.environ.get(DISTRIBUTED) == "1",
+        "Several hosts: call jax.distributed.initialize, which finds TPU pods, GKE and Slurm.",
     )
 
 
@@ -48,6 +54,8 @@ def run(main: Callable[[], None], *, required: Sequence[str]) -> None:
                 fail(f"--config={path}: no such file")
         try:
             rest = flags.FLAGS(argv)
+        except SystemExit:  # absl has printed its help, and would end as if that were a mistake
+            sys.exit(0)
         except flags.Error as error:
             fail(str(error).replace("\n", " "))
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, OSError, UserError) as error:
@@ -65,8 +73,12 @@ def run(main: Callable[[], None], *, required: Sequence[str]) -> None:
             std_logging.getLogger(name).setLevel(std_logging.WARNING)
         try:
             if "distributed" in flags.FLAGS and flags.FLAGS.distributed:
-                jax.distributed.initialize()
-            main()
+                with _roll_call():
+                    join_processes()
+            if "distributed" in flags.FLAGS:
+                keep_compiled_programs()
+            with leave_with_others():
+                main()
         except UserError as error:
             fail(str(error))
         except Exception as error:
@@ -75,6 +87,59 @@ def run(main: Callable[[], None], *, required: Sequence[str]) -> None:
             fail(f"gs://: the bucket does not answer as it should ({' '.join(str(error).split()) or repr(error)})")
 
     app.run(guarded, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def leave_with_others() -> Iterator[None]:
+    """Ends this process at once where what it shares with other hosts broke, which is how one that died shows: JAX
+    would wait for it once more on the way out. The exit code is one on which job schedulers start again."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        print(
+            f"error: host {jax.process_index()} of {jax.process_count()} leaves, for it lost another one ({reason}); "
+            "start the job again to go on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(watchdog.STUCK)
+
+
+@contextlib.contextmanager
+def _roll_call() -> Iterator[None]:
+    """Names the hosts that have not come, a little before JAX gives up without a name; where the launcher says which
+    host this is, and there is a --workdir to meet in."""
+    place, workdir = watchdog.place_in_job(), flags.FLAGS.workdir if "workdir" in flags.FLAGS else None
+    if not (place and workdir):
+        yield
+        return
+    with watchdog.Watchdog(storage.path(workdir) / watchdog.FOLDER, *place, JOIN_SECONDS) as dog:
+        dog.beat(0, "waiting for all hosts to join")
+        yield
+
+
+def join_processes() -> None:
+    """`jax.distributed.initialize`: told how many processes there are by the environment, as launch/local.sh does, or
+    finding it out on a TPU pod, GKE or Slurm. Raises UserError where there is neither."""
+    named = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
+    if all(named):  # the address JAX reads from JAX_COORDINATOR_ADDRESS by itself
+        count, index = map(int, named)
+        jax.distributed.initialize(num_processes=count, process_id=index, cluster_detection_method="deactivate")
+        return
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        raise UserError(f"--distributed: found no cluster ({error}); start here with launch/local.sh") from None
+
+
+def keep_compiled_programs() -> None:
+    """Compiles a program once for all runs: in $JAX_COMPILATION_CACHE_DIR (gs:// too, one for all hosts), else beside
+    the downloaded weights. On a CPU only in the former, for what one CPU compiled may crash another."""
+    if not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
+        jax.config.update("jax_compilation_cache_dir", str(weights.cache_folder() / "compiled"))
 
 
 def spread_cpu() -> None:

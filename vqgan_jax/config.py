@@ -128,6 +128,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is Any:
+        return value
     if isinstance(hint, type) and not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"{key}: takes a value of type {hint.__name__}, got {value!r}")
     return value
@@ -181,7 +183,8 @@ def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
     newer = {"model": upgrade_model(config["model"])}
     if "data" in config:  # what version 2 added, as if it had been said
         folders = {"name": "", "images": "images", "masks": "", "depths": "", "segments": 0, "classes": ""}
-        newer["data"] = folders | {"min_objects": 1, "min_box_area": 0.0, "resize_to": 0} | config["data"]
+        later = {"min_objects": 1, "min_box_area": 0.0, "resize_to": 0, "low_res_factor": 8}
+        newer["data"] = folders | later | config["data"]
     return dict(config) | newer
 
 

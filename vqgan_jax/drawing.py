@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vqgan_jax.images import to_uint8
+
 _FONT_SIZE = 11
 LINE = 14  # pixels a line of text
 # From far (dark) to near (bright) for depths that grow towards the viewer; even steps of lightness.
@@ -54,6 +56,12 @@ def coords(places: np.ndarray) -> np.ndarray:
     return np.rint(np.clip(np.concatenate([places, blue], axis=-1), 0, 1) * 255).astype(np.uint8)
 
 
+def coloured(values: np.ndarray) -> np.ndarray:
+    """A picture float [h, w, 3 or 1] in [-1, 1] as it is; one channel as grey."""
+    pixels = to_uint8(values)
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+
+
 def overlay(picture: np.ndarray, colours: np.ndarray, share: float = 0.5) -> np.ndarray:
     """Colours laid over a picture of the same shape."""
     mixed = picture.astype(np.float32) * (1 - share) + colours.astype(np.float32) * share
@@ -90,9 +98,31 @@ def boxes(
             draw.rectangle([left, top, right, bottom], outline=colour, width=2)
         else:
             draw.ellipse([left - 3, top - 3, left + 3, top + 3], fill=colour)
-        name = _name(int(classes[k]), names) + (f" ({flags[k]})" if len(flags) and flags[k] else "")
+        name = name_of(int(classes[k]), names) + (f" ({flags[k]})" if len(flags) and flags[k] else "")
         _label(draw, (left, top), name, colour, (width, height), taken)
     return np.asarray(canvas)
+
+
+def seen_boxes(
+    rectangles: np.ndarray, classes: np.ndarray, crop_box: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rectangles float [n, 4], relative to a whole picture, as they are seen in a crop of it.
+
+    Args:
+      rectangles: (x, y, width, height).
+      classes: int [n], -1 for none.
+      crop_box: of the crop, float [4], also relative to the whole picture; None where that is what is seen.
+
+    Returns:
+      the rectangles relative to the crop and cut to it, and the classes, -1 for those that lie outside.
+    """
+    if crop_box is None:
+        return rectangles, classes
+    start = (rectangles[:, :2] - crop_box[:2]) / crop_box[2:]
+    end = (rectangles[:, :2] + rectangles[:, 2:] - crop_box[:2]) / crop_box[2:]
+    low, high = np.clip(start, 0, 1), np.clip(end, 0, 1)
+    outside = ((high <= low) & (end > start) | (start < 0) & (end <= start) | (start > 1)).any(axis=1)
+    return np.concatenate([low, high - low], axis=1), np.where(outside, -1, classes)
 
 
 def keypoints(points: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -133,7 +163,26 @@ def segmentation_legend(ids: np.ndarray, names: Sequence[str], width: int, lines
     found, counts = np.unique(ids[ids >= 0], return_counts=True)
     order = found[np.argsort(-counts, kind="stable")]
     colours = palette(max(256, int(ids.max()) + 1))
-    return legend({_name(int(i), names): colours[i] for i in order}, width, lines)
+    return legend({name_of(int(i), names): colours[i] for i in order}, width, lines)
+
+
+def picture(key: str, values: np.ndarray) -> np.ndarray:
+    """A batch key's map of one picture, [h, w] or [h, w, c] in the form of the data, as a person sees it."""
+    return {"segmentation": segmentation, "depth": depth, "coords": coords}.get(key, coloured)(values)
+
+
+def text(words: str, height: int, width: int) -> np.ndarray:
+    """Words in the middle of a white picture: uint8 [height, width, 3]."""
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    lines = [words]
+    if draw.textlength(words, font=_font()) > width - 4:
+        lines = words.split()
+    top = (height - LINE * len(lines)) / 2
+    for k, line in enumerate(lines):
+        left = max(2.0, (width - draw.textlength(line, font=_font())) / 2)
+        draw.text((left, top + k * LINE), line, fill="black", font=_font())
+    return np.asarray(canvas)
 
 
 def captioned(picture: np.ndarray, text: str) -> np.ndarray:
@@ -149,7 +198,15 @@ def enlarged(picture: np.ndarray, at_least: int) -> np.ndarray:
     return picture.repeat(times, axis=0).repeat(times, axis=1)
 
 
-def _name(index: int, names: Sequence[str]) -> str:
+def resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture at another size: pixels are repeated where it grows, averaged where it shrinks."""
+    grows = height >= picture.shape[0] and width >= picture.shape[1]
+    method = Image.Resampling.NEAREST if grows else Image.Resampling.BOX
+    return np.asarray(Image.fromarray(np.ascontiguousarray(picture)).resize((width, height), method))
+
+
+def name_of(index: int, names: Sequence[str]) -> str:
+    """A class by its name, or its number where it has none."""
     return names[index] if 0 <= index < len(names) else str(index)
 
 

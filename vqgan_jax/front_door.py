@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqgan_jax import losses
+from vqgan_jax import conditioning, losses
 from vqgan_jax.config import UserError, choose
 from vqgan_jax.models.gpt import split_layers
 from vqgan_jax.models.vqgan import model_input
@@ -86,7 +86,7 @@ class PretrainedTransformer:
 
     Attributes:
       first_stage: the VQGAN of its codes.
-      cond_stage: the VQGAN of a picture condition, or None.
+      cond_stages: the VQGANs of encoded pictures in the condition, by batch key.
       config: hyper-parameters, `config.grid` among them, the grid of codes that it was trained on.
     """
 
@@ -94,9 +94,9 @@ class PretrainedTransformer:
         self._model, self.config = model, model.config
         self._params, self._frozen = jax.tree.map(jnp.asarray, (params, frozen))
         self.first_stage = PretrainedVQGAN(model.first_stage, self._frozen["first_stage"])
-        self.cond_stage = None
-        if (cond := model.cond_stage) is not None:
-            self.cond_stage = PretrainedVQGAN(cond, self._frozen[model.condition.frozen_name])
+        self.cond_stages = {
+            key: PretrainedVQGAN(stage, self._frozen[f"cond/{key}"]) for key, stage in model.cond_stages.items()
+        }
         self._logits, self._decode = jax.jit(model.logits), jax.jit(model.decode)
         self._tokens = jax.jit(model.condition.tokens)
         # The reference centres the windows of scenes and those of other pictures differently.
@@ -111,10 +111,11 @@ class PretrainedTransformer:
         """A condition's ids int32 [b, t].
 
         Args:
-          raw: by kind: the number of rows (unconditional); labels int [b]; a picture as `cond_stage.encode` takes it;
-            coordinates float [b, h, w, 2], (y, x) in [0, 1]; objects as {"boxes": [b, n, 4], "box_classes": [b, n],
-            "box_flags": [b, n], "crop_box": [b, 4]}, the last two by choice. A picture larger than the trained one
-            gives the tokens of the whole grid, for `sample` with that grid.
+          raw: by kind: the number of rows (unconditional); labels int [b]; a picture as its VQGAN's `encode` takes
+            it; coordinates float [b, h, w, 2], (y, x) in [0, 1]; objects as {"boxes": [b, n, 4], "box_classes": [b, n],
+            "box_flags": [b, n], "crop_box": [b, 4]}, the last two by choice. Several conditions at once: all of these
+            in one mapping by batch key. A picture larger than the trained one gives the tokens of the whole grid, for
+            `sample` with that grid.
         """
         condition = self._model.condition
         if not condition.keys:
@@ -122,17 +123,32 @@ class PretrainedTransformer:
             if not isinstance(rows, int | np.integer) or rows < 1:
                 raise UserError("raw: the model is unconditional; give the number of rows")
             return jnp.zeros((rows, 1), jnp.int32)
-        if "label" in condition.keys:
-            batch = {"label": _ids("labels", np.atleast_1d(raw), ("b",), condition.vocab_size)}
-        elif self.cond_stage is not None:
-            return self.cond_stage.encode(raw).reshape(len(raw), -1)
-        elif "coords" in condition.keys:
-            if np.ndim(raw) != 4 or np.shape(raw)[3] != 2:
-                raise UserError(f"raw: shape {np.shape(raw)}; coordinates are [b, h, w, 2]")
-            batch = {"coords": jnp.asarray(raw, jnp.float32)}
-        else:
-            batch = _objects(raw, condition.config.classes)
+        if len(condition.parts) == 1 and len(condition.keys) == 1 and not isinstance(raw, Mapping):
+            raw = {condition.keys[0]: raw}
+        batch: dict[str, jax.Array] = {}
+        for part in condition.parts:
+            batch |= self._batch(part, raw)
+        if len({len(value) for value in batch.values()}) > 1:
+            raise UserError(f"raw: {', '.join(f'{len(value)} rows of {key}' for key, value in batch.items())}")
         return self._tokens(self._frozen, batch)
+
+    def _batch(self, part: conditioning.Condition, raw: Any) -> dict[str, jax.Array]:
+        """What a part of the condition reads, checked."""
+        if isinstance(part, conditioning.Objects):
+            return _objects(raw, part.config.classes)
+        if not isinstance(raw, Mapping) or not set(part.keys) <= set(raw):
+            raise UserError(f"raw: this model's condition is a mapping of {', '.join(self._model.condition.keys)}")
+        match part:
+            case conditioning.ClassLabel():
+                return {"label": _ids("labels", np.atleast_1d(raw["label"]), ("b",), part.classes)}
+            case conditioning.EncodedImage():
+                return {part.codes_key: self.cond_stages[part.key].encode(raw[part.key])}
+            case conditioning.Coordinates():
+                coords = raw["coords"]
+                if np.ndim(coords) != 4 or np.shape(coords)[3] != 2:
+                    raise UserError(f"raw: shape {np.shape(coords)}; coordinates are [b, h, w, 2]")
+                return {"coords": jnp.asarray(coords, jnp.float32)}
+        return {key: jnp.asarray(raw[key]) for key in part.keys}
 
     def logits(self, ids: Any, condition_tokens: Any) -> jax.Array:
         """Logits float32 [b, t, v]: position i predicts `ids[:, i]`.
@@ -183,8 +199,7 @@ class PretrainedTransformer:
         if temperature <= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
             raise UserError("sample: temperature is above 0, top_k at least 1 and top_p in (0, 1], or None for none")
         sampler = self._sampler(grid)
-        length = grid[0] * grid[1] if self._model.condition.spatial else self._model.condition.length
-        condition = self._condition(condition_tokens, length)
+        condition = self._condition(condition_tokens, self._model.condition.length_on(grid))
         if given is not None:
             b, (ids, mask) = len(condition), given
             if np.shape(mask) != (b, *grid) or np.shape(ids) != (b, *grid) or np.asarray(mask).dtype != bool:

@@ -24,6 +24,12 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
+def centre_crop(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The middle of a picture [h, w, c]: [height, width, c]."""
+    top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
+    return picture[top : top + height, left : left + width]
+
+
 def grid(pixels: np.ndarray, columns: int | None = None, pad: int = 2) -> np.ndarray:
     """Lays uint8 pictures [n, h, w, c] out in rows: one picture [rows * h + gaps, columns * w + gaps, 3].
 

@@ -4,6 +4,7 @@
 batch and the parameters), `tensor` (heads, MLP and vocabulary).
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -12,8 +13,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vqgan_jax.config import UserError
@@ -39,6 +40,8 @@ MIN_SHARDED_SIZE = 2**12  # parameters without logical names (convolutions) smal
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
     """Makes the mesh of a config: `{"data": -1, "fsdp": 1, "tensor": 1}`, where one size may be -1 (what is left).
 
+    On several slices (TPU multislice) the first batch axis that they divide runs over them.
+
     Raises:
       UserError: sizes that do not multiply to the number of devices.
     """
@@ -55,7 +58,25 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
             f"config.mesh: {asked} does not fit {len(devices)} devices; "
             "the product of data, fsdp and tensor must be the number of devices (one may be -1)"
         )
-    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(_over_slices(shape, slices, devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _over_slices(shape: list[int], slices: int, devices: list[jax.Device]) -> np.ndarray:
+    """The devices of several slices, [data, fsdp, tensor]: `data`, or else `fsdp`, runs over the slow network between
+    them, the rest stays inside.
+
+    Raises:
+      UserError: neither axis divides over the slices.
+    """
+    for axis in range(len(BATCH_AXES)):
+        if shape[axis] % slices == 0:
+            between = [slices if k == axis else 1 for k in range(3)]
+            inside = [size // parts for size, parts in zip(shape, between, strict=True)]
+            return mesh_utils.create_hybrid_device_mesh(inside, between, devices)
+    raise UserError(f"config.mesh: the devices are {slices} slices; make data (or fsdp) a multiple of {slices}")
 
 
 def check_batch(batch: int, mesh: Mesh, key: str = "config.batch_size") -> None:
@@ -88,8 +109,37 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, global_batch: int) ->
     }
 
 
+def check_hosts_agree(batch: Mapping[str, jax.Array], mesh: Mesh) -> None:
+    """Raises UserError, on every host, unless all hosts that hold the same rows of a batch hold them alike.
+
+    JAX takes what each host hands it: where a model axis spans hosts, those that read other data (a file missing on
+    one, another version of a folder) would train on different batches without a word.
+    """
+    shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    mine = np.zeros((shards, 9), np.uint32)  # of each data shard: whether it is here, and the digest of its rows
+    for shard in range(shards):
+        digest, here = hashlib.sha256(), False
+        for name, array in sorted(batch.items()):
+            start = shard * (array.shape[0] // shards)
+            rows = [s.data for s in array.addressable_shards if (s.index[0].start or 0) == start]
+            for copy in rows[:1]:
+                here = True
+                digest.update(f"{name} {copy.dtype} {copy.shape}".encode() + np.asarray(copy).tobytes())
+        mine[shard] = [here, *np.frombuffer(digest.digest(), np.uint32)]
+    hosts = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, *mine.shape)
+    for shard in range(shards):
+        holders = [host for host in range(len(hosts)) if hosts[host, shard, 0]]
+        if len(np.unique(hosts[holders, shard], axis=0)) > 1:
+            raise UserError(
+                f"config.data: hosts {', '.join(map(str, holders))} share data shard {shard} of {shards} but read "
+                "different examples for it; give all hosts the same files, config and seed"
+            )
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Pins an activation's sharding by logical names, one a dimension (None = unsharded); no-op without a mesh.
+
+    A dimension that its axes do not divide is left to the compiler.
 
     Raises:
       KeyError: a name that is not in the table.
@@ -97,10 +147,10 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """
     if len(names) != x.ndim:
         raise ValueError(f"{len(names)} names for an array of shape {x.shape}")
-    spec = to_mesh_axes(names)
-    if jax.sharding.get_abstract_mesh().empty:
+    spec, mesh = to_mesh_axes(names), jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, _that_divide(spec, x.shape, mesh, otherwise=P.UNCONSTRAINED))
 
 
 def to_mesh_axes(names: tuple[str | None, ...]) -> P:
@@ -139,14 +189,14 @@ def state_shardings(abstract: Any, mesh: Mesh) -> Any:
     return jax.tree.map(shard, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
 
-def _that_divide(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+def _that_divide(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, otherwise: Any = None) -> P:
     """The axes of a spec whose parts divide their dimension; a vocabulary of 1025 is not sharded over two."""
 
     def parts(axes: Any) -> int:
         names = (axes,) if isinstance(axes, str) else axes or ()
         return math.prod(mesh.shape[name] for name in names)
 
-    return P(*(axes if size % parts(axes) == 0 else None for axes, size in zip(spec, shape, strict=True)))
+    return P(*(axes if size % parts(axes) == 0 else otherwise for axes, size in zip(spec, shape, strict=True)))
 
 
 def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
@@ -163,10 +213,17 @@ def abstract_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
 
 
+def platform() -> str:
+    """What a program traced now is for ("cpu", "gpu", "tpu"): the mesh in context, which may be a slice that this
+    machine has not, else the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def scan_unroll(length: int) -> int:
     """How far to unroll a scan over layers or micro-batches: wholly on CPU, where convolutions inside a loop run many
     times slower, else not at all."""
-    return length if jax.default_backend() == "cpu" else 1
+    return length if platform() == "cpu" else 1
 
 
 def to_host(x: jax.Array) -> np.ndarray:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,13 +17,14 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from vqgan_jax import storage
+from vqgan_jax.conditioning import encoded_keys
 from vqgan_jax.config import UserError, upgrade
 from vqgan_jax.convert import reference
 from vqgan_jax.front_door import PretrainedTransformer, PretrainedVQGAN
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
-from vqgan_jax.tokenizer import Tokenizer
+from vqgan_jax.tokenizer import Tokenizer, by_input_key
 from vqgan_jax.train import checkpoints, portable
-from vqgan_jax.train.setup import CHECKPOINTS, COND_STAGE, FIRST_STAGE
+from vqgan_jax.train.setup import CHECKPOINTS, COND_STAGE, FIRST_STAGE, cond_folders
 from vqgan_jax.trained_transformer import Stages, TrainedTransformer
 from vqgan_jax.transformer import ImageTransformer, TransformerConfig
 
@@ -92,6 +93,18 @@ def kind_of(path: str | os.PathLike, *, key: str) -> str:
     raise UserError(f"{key}={path}: no trained model there (no config.json and no {portable.STAGE_RECORD})")
 
 
+def read_model(path: str | os.PathLike, *, key: str) -> Mapping[str, Any]:
+    """`config.model` of the VQGAN that `load_trained` would read, without its arrays. Raises UserError as that does."""
+    path = storage.path(path)
+    _check_kind(path, key, kind_of(path, key=key), "vqgan")
+    if path.is_file():
+        with reference.open_checkpoint(path) as opened:
+            return opened.stages[reference.ROOT].record["config"]["model"]
+    if (stage := path / portable.STAGE_RECORD).exists():
+        return upgrade(json.loads(stage.read_text())["record"])["config"]["model"]
+    return json.loads((path / "config.json").read_text())["model"]
+
+
 def _check_kind(path: epath.Path, key: str, found: str, needed: str) -> None:
     if found != needed:
         use = {
@@ -139,21 +152,20 @@ def adopt_stages(config: ConfigDict, workdir: epath.Path, dtype: Any) -> Stages:
     """Copies the VQGANs that a stage-2 config names into its workdir, unless they are there, and opens the copies.
 
     Raises:
-      UserError: no first stage named, or none there.
+      UserError: no first stage named, none for an encoded condition, one for nothing, or none there.
     """
     # Before the first checkpoint the config may still change its mind; after it the copies are what was trained on.
     started = any((workdir / CHECKPOINTS).glob("[0-9]*"))
-    for name, (key, path) in _named(config).items():
-        folder = workdir / name
-        there = (folder / portable.STAGE_RECORD).exists()
-        multihost_utils.sync_global_devices(f"looked for {name}")
-        if there and (started or not path):
+    for key, names in _needed(config).items():
+        there = all((workdir / name / portable.STAGE_RECORD).exists() for name in names)
+        multihost_utils.sync_global_devices(f"looked for {key}")
+        if there and (started or not config[key]):
             continue
-        trained = _load_named(key, path)
-        if jax.process_index() == 0:
-            write_stage(folder, trained, "generator")
-        multihost_utils.sync_global_devices(f"copied {name}")
-    return open_stages(workdir, dtype)
+        for name, trained in _load_named(config, key).items():
+            if jax.process_index() == 0:
+                write_stage(workdir / name, trained, "generator")
+        multihost_utils.sync_global_devices(f"copied {key}")
+    return open_stages(workdir, _encoded(config), dtype)
 
 
 def open_named_stages(config: ConfigDict, dtype: Any) -> Stages:
@@ -162,7 +174,7 @@ def open_named_stages(config: ConfigDict, dtype: Any) -> Stages:
     Raises:
       UserError: as `adopt_stages`.
     """
-    trained = {name: _load_named(key, path) for name, (key, path) in _named(config).items()}
+    trained = {name: stage for key in _needed(config) for name, stage in _load_named(config, key).items()}
     digest = {}
     with tempfile.TemporaryDirectory(prefix="vqgan_jax.") as folder:
         for name, stage in trained.items():
@@ -171,36 +183,58 @@ def open_named_stages(config: ConfigDict, dtype: Any) -> Stages:
     return _stages(storage.path(config.vqgan), trained, digest, dtype)
 
 
-def _named(config: ConfigDict) -> dict[str, tuple[str, str]]:
-    """The key and the path of each stage that the config asks for."""
-    named = {FIRST_STAGE: ("config.vqgan", config.vqgan)}
-    if config.model.condition.name == "image":
-        named[COND_STAGE] = ("config.cond_vqgan", config.cond_vqgan)
-    return named
+def _encoded(config: ConfigDict) -> tuple[str, ...]:
+    """The batch keys that the config's condition encodes."""
+    return encoded_keys(TransformerConfig.from_config(config.model).condition)
 
 
-def _load_named(key: str, path: str) -> Trained:
-    if not path:
-        raise UserError(f"{key}: name the workdir of a trained VQGAN")
-    return load_trained(path, key=key, kind="vqgan")
+def _needed(config: ConfigDict) -> dict[str, list[str]]:
+    """By config key the stages that the config asks for, as folders of a workdir."""
+    encoded = cond_folders(_encoded(config))
+    return {"vqgan": [FIRST_STAGE]} | ({"cond_vqgan": list(encoded.values())} if encoded else {})
 
 
-def open_stages(workdir: epath.Path, dtype: Any) -> Stages:
-    """Opens the copies of the frozen stages in a stage-2 workdir."""
-    folders = [name for name in (FIRST_STAGE, COND_STAGE) if name == FIRST_STAGE or (workdir / name).exists()]
+def _load_named(config: ConfigDict, key: str) -> dict[str, Trained]:
+    """The VQGANs that `config.vqgan` or `config.cond_vqgan` (several with commas between) names, by folder."""
+    flag = f"config.{key}"
+    paths = [config[key]] if key == "vqgan" else config[key].split(",")
+    if not all(paths):
+        raise UserError(f"{flag}: name the workdir of a trained VQGAN")
+    read = [load_trained(path, key=flag, kind="vqgan") for path in paths]
+    if key == "vqgan":
+        return {FIRST_STAGE: read[0]}
+    folders, found = cond_folders(_encoded(config)), {}
+    for path, trained in zip(paths, read, strict=True):
+        encodes = trained.model_config["input_key"]
+        if encodes not in folders:
+            raise UserError(f"{flag}={path}: that VQGAN encodes '{encodes}', the condition is '{', '.join(folders)}'")
+        if folders[encodes] in found:
+            raise UserError(
+                f"{flag}={path}: the second VQGAN of '{encodes}'; name one for each of {', '.join(folders)}"
+            )
+        found[folders[encodes]] = trained
+    if missing := [encodes for encodes, folder in folders.items() if folder not in found]:
+        raise UserError(
+            f"{flag}: a '{missing[0]}' condition needs the workdir of its VQGAN; write several with commas between"
+        )
+    return found
+
+
+def open_stages(workdir: epath.Path, encoded: Sequence[str], dtype: Any) -> Stages:
+    """Opens the copies of the frozen stages in a stage-2 workdir; `encoded` are the batch keys of its condition that
+    have a VQGAN."""
+    folders = (FIRST_STAGE, *cond_folders(encoded).values())
     stages = {name: load_trained(workdir / name, key="--workdir", kind="vqgan") for name in folders}
     return _stages(workdir, stages, {name: _digest(workdir / name) for name in folders}, dtype)
 
 
 def _stages(path: epath.Path, trained: Mapping[str, Trained], digest: dict[str, str], dtype: Any) -> Stages:
-    first, cond = (
-        make_tokenizer(trained[name], path / name, dtype) if name in trained else None
-        for name in (FIRST_STAGE, COND_STAGE)
-    )
+    tokenizers = {name: make_tokenizer(stage, path / name, dtype) for name, stage in trained.items()}
+    first = tokenizers.pop(FIRST_STAGE)
     frozen = {"first_stage": trained[FIRST_STAGE].variables("generator")}
-    if cond is not None:
-        frozen[f"cond/{cond.config.input_key}"] = trained[COND_STAGE].variables("generator")
-    return Stages(first, cond, frozen, digest)
+    for name, tokenizer in tokenizers.items():
+        frozen[f"cond/{tokenizer.config.input_key}"] = trained[name].variables("generator")
+    return Stages(first, by_input_key(tokenizers.values()), frozen, digest)
 
 
 def _digest(folder: epath.Path) -> str:
@@ -213,14 +247,17 @@ def open_transformer(
     """Opens a stage-2 workdir for sampling and scoring, by default its best checkpoint, else that after `step` steps;
     or a file of the reference."""
     workdir = storage.path(workdir)
+    read = {}
     if workdir.is_file():
         read = _read_reference(workdir, key, "transformer", (reference.ROOT, FIRST_STAGE, COND_STAGE))
         trained = read.pop(reference.ROOT)
-        stages = _stages(workdir, read, dict.fromkeys(read, trained.record["imported"]["sha256"]), dtype)
     else:
         trained = load_trained(workdir, key=key, kind="transformer", best=best, step=step)
-        stages = open_stages(workdir, dtype)
     config = TransformerConfig.from_config(trained.model_config, key=f"{workdir}: model")
+    if read:
+        stages = _stages(workdir, read, dict.fromkeys(read, trained.record["imported"]["sha256"]), dtype)
+    else:
+        stages = open_stages(workdir, encoded_keys(config.condition), dtype)
     model = ImageTransformer(config, stages.first, stages.cond, dtype)
     return TrainedTransformer(model, trained.variables("transformer")["params"], stages.frozen, stages, trained.record)
 

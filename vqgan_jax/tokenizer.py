@@ -1,7 +1,7 @@
 """A trained VQGAN as two pure functions and its frozen parameters: the one bridge from stage 1 to stage 2."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -35,3 +35,8 @@ class Tokenizer:
     def decode(self, variables: Mapping[str, Any], ids: jax.Array) -> jax.Array:
         """Ids int32 [b, h, w] to images float32 [b, factor * h, factor * w, c], not clipped."""
         return self.model.apply(variables, ids, method="decode")
+
+
+def by_input_key(tokenizers: Iterable[Tokenizer]) -> dict[str, Tokenizer]:
+    """The tokenizers by the batch key that each encodes."""
+    return {tokenizer.config.input_key: tokenizer for tokenizer in tokenizers}

@@ -4,31 +4,36 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from vqgan_jax import parallel
+from vqgan_jax.conditioning import EncodedImage
 from vqgan_jax.images import to_uint8
 from vqgan_jax.models.strips import apply_in_strips
-from vqgan_jax.sampling.large import Large, LargeSampler
-from vqgan_jax.sampling.large_decoder import decode_tiles, device_budget, plan
+from vqgan_jax.models.vqgan import model_input
+from vqgan_jax.sampling.large import LargeOptions, LargeSampler
+from vqgan_jax.sampling.large_decoder import decode_begun, decode_tiles, device_budget, plan
 from vqgan_jax.sampling.sampler import make_sampler
 from vqgan_jax.sampling.strategies import Strategy, row_keys
 from vqgan_jax.tokenizer import Tokenizer
 from vqgan_jax.transformer import ImageTransformer
 
 Tree = Any
+Rows = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """The frozen stages of a stage-2 workdir. `frozen` holds their variables by name, `digest` what identifies them."""
+    """The frozen stages of a stage-2 workdir: the VQGAN of its codes, those of conditions by their input_key, their
+    variables by name in `frozen`, and in `digest` what identifies each by its folder."""
 
     first: Tokenizer
-    cond: Tokenizer | None
+    cond: Mapping[str, Tokenizer]
     frozen: Tree
     digest: dict[str, str]
 
@@ -45,10 +50,15 @@ class TrainedTransformer:
 
     @functools.cached_property
     def _programs(self) -> tuple[Any, ...]:
-        """Conditions and keys, ids of the trained grid, and pictures, each compiled once however often one samples."""
+        """Conditions, keys and given codes, ids of the trained grid, and pictures, each compiled once however often one
+        samples."""
         model = self.model  # not self, whose parameters would live as long as the programs
         tokens = jax.jit(
-            lambda frozen, rows, seed: (model.condition.tokens(frozen, rows), row_keys(seed, rows["index"]))
+            lambda frozen, rows, seed: (
+                model.condition.tokens(frozen, rows),
+                row_keys(seed, rows["index"]),
+                model.given(frozen, rows),
+            )
         )
         return tokens, make_sampler(model, model.config.grid), jax.jit(model.decode)
 
@@ -86,7 +96,8 @@ class TrainedTransformer:
         strategy: Strategy,
         indices: np.ndarray | None = None,
         mesh: Mesh | None = None,
-        large: Large | None = None,
+        large: LargeOptions | None = None,
+        leading: int = 0,
     ) -> Iterator[np.ndarray]:
         """Draws picture i under condition i, `batch` at a time: uint8 [up to batch, h, w, c].
 
@@ -94,7 +105,8 @@ class TrainedTransformer:
         the last batch is filled up and cut. While a batch is handed over, the next is already being drawn.
 
         Args:
-          conditions: labels, int32, one a picture; or `(indices [n]) -> batch arrays [n, ...]` as the condition needs.
+          conditions: labels, int32, one a picture; or `(indices [n]) -> batch arrays [n, ...]` as the condition needs,
+            with `image` and `given` where part of a picture is given: its codes are kept.
           grid: height and width in codes.
           seed: of all pictures.
           batch: pictures at once; rounded up to what the mesh divides.
@@ -102,12 +114,13 @@ class TrainedTransformer:
           indices: which pictures; where None all that have a label.
           mesh: of this process's own devices (hosts sample apart); by default one copy of the model on each.
           large: how pictures beyond the trained size are made.
+          leading: first codes that are given in every picture, from `leading_given`: prefilled at once.
         """
         mesh = mesh or parallel.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
         rows_of = conditions if callable(conditions) else lambda chosen: {"label": conditions[chosen]}
         indices = np.arange(len(conditions)) if indices is None else np.asarray(indices)
         if tuple(grid) != self.model.config.grid:
-            yield from self._large_samples(rows_of, grid, indices, seed, batch, strategy, mesh, large or Large())
+            yield from self._large_samples(rows_of, grid, indices, seed, batch, strategy, mesh, large or LargeOptions())
             return
         parts = math.prod(mesh.shape[name] for name in parallel.BATCH_AXES)
         batch = -(-batch // parts) * parts
@@ -119,8 +132,9 @@ class TrainedTransformer:
             filled = np.resize(chosen, batch)
             rows = {"index": filled.astype(np.int32), **rows_of(filled)}
             with jax.set_mesh(mesh):
-                condition, keys = tokens(frozen, parallel.put_batch(rows, mesh, batch), seed)
-                pictures = decode(frozen, draw(params, condition, keys, strategy, None))
+                condition, keys, given = tokens(frozen, parallel.put_batch(rows, mesh, batch), seed)
+                settings = {"leading": leading} if leading else {}
+                pictures = decode(frozen, draw(params, condition, keys, strategy, given, **settings))
             waiting.append((pictures, len(chosen)))
             if len(waiting) > 1:
                 yield _host_pictures(*waiting.pop(0))
@@ -136,45 +150,98 @@ class TrainedTransformer:
         batch: int,
         strategy: Strategy,
         mesh: Mesh,
-        large: Large,
+        large: LargeOptions,
     ) -> Iterator[np.ndarray]:
         """`samples` of a grid beyond the trained one: the windows that run at once are spread over the mesh."""
+        if not len(indices):
+            return
         parts = math.prod(mesh.shape[name] for name in parallel.BATCH_AXES)
         sampler = self._large_sampler(tuple(grid), large.stride, parts)
         tokens, (params, frozen) = self._programs[0], self._placed(mesh)
-        decode = None
+        encode, decode = self._large_encoder(mesh, large), self._large_decoder((batch, *grid), mesh, large)
         for start in range(0, len(indices), batch):
-            chosen = np.resize(indices[start : start + batch], batch)
-            rows = {"index": chosen.astype(np.int32), **rows_of(chosen)}
+            chosen = indices[start : start + batch]
+            filled = np.resize(chosen, batch)
+            rows = {"index": filled.astype(np.int32), **rows_of(filled)}
+            rows |= encode(rows)
+            begun = large.folder.begun(filled) if large.folder else None
+            ids, position = begun or (None, 0)
+            shown = sampler.rows(position)
             with jax.set_mesh(mesh):
-                condition, keys = tokens(frozen, rows, seed)
-                for ids, position in sampler(params, condition, keys, strategy):
+                condition, keys, given = tokens(frozen, rows, seed)
+                for ids, position in sampler(params, condition, keys, strategy, given, begun=begun):
                     jax.block_until_ready(ids)  # or the bar would be at its end at once
                     large.progress(position / sampler.total)
-            ids = np.asarray(ids)
-            decode = decode or self._large_decoder(ids.shape, mesh, large)
-            yield to_uint8(decode(ids))[: len(indices) - start]
+                    if large.folder:
+                        large.folder.keep(chosen, ids, position)
+                    if large.every and sampler.rows(position) >= shown + large.every and position < sampler.total:
+                        shown = sampler.rows(position)
+                        pictures = decode_begun(decode, np.asarray(ids), sampler.drawn(position))
+                        large.folder.show(chosen, to_uint8(pictures), shown)
+            yield to_uint8(decode(np.asarray(ids)))[: len(chosen)]
 
-    def _large_decoder(self, shape: tuple[int, ...], mesh: Mesh, large: Large) -> Callable[[np.ndarray], np.ndarray]:
+    def _large_encoder(self, mesh: Mesh, large: LargeOptions) -> Callable[[Rows], Rows]:
+        """Of batches of larger pictures the codes of what is encoded: the conditions' pictures, and images that are
+        given in part. As the memory allows; by the keys of cached codes."""
+        parts = [part for part in self.model.condition.parts if isinstance(part, EncodedImage)]
+        stages = {part.codes_key: (part.stage, part.frozen_name) for part in parts}
+        stages["codes/image"] = self.model.first_stage, "first_stage"
+        encoders: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
+
+        def encode(rows: Rows) -> Rows:
+            codes = {}
+            for key, (tokenizer, name) in stages.items():
+                x = rows.get(tokenizer.config.input_key)
+                if x is None or key in rows or (name == "first_stage" and "given" not in rows):
+                    continue
+                if key not in encoders:
+                    encoders[key] = self._convert_large("encode", tokenizer, name, x.shape, x.dtype, mesh, large)
+                codes[key] = encoders[key](x)
+            return codes
+
+        return encode
+
+    def _large_decoder(
+        self, shape: tuple[int, ...], mesh: Mesh, large: LargeOptions
+    ) -> Callable[[np.ndarray], np.ndarray]:
         """Ids of this shape to images, as the memory allows."""
         first = self.model.first_stage
-        variables = jax.device_put(self.frozen["first_stage"])
-
-        def convert(variables: Tree, ids: jax.Array) -> jax.Array:
-            return self.model.decode({"first_stage": variables}, ids)
-
-        def in_strips(variables: Tree, ids: np.ndarray, budget: int) -> tuple[np.ndarray, int]:
-            ids = np.minimum(ids, first.codebook_size - 1)
-            return apply_in_strips(first.model, self.frozen["first_stage"], ids, method="decode", budget=budget)
-
         if large.tiles:
             large.announce("decoding in overlapping tiles (approximate)")
-            program = jax.jit(convert)
+            program, variables = jax.jit(self.model.decode), jax.device_put({"first_stage": self.frozen["first_stage"]})
             return lambda ids: decode_tiles(program, variables, ids, first.factor)
-        budget = large.memory or device_budget()
-        chosen = plan(convert, in_strips, variables, shape, np.int32, budget=budget, mesh=mesh)
-        large.announce(f"decoding {chosen}")
-        return lambda ids: chosen.run(variables, ids)
+        return self._convert_large("decode", first, "first_stage", shape, np.int32, mesh, large)
+
+    def _convert_large(
+        self,
+        method: Literal["encode", "decode"],
+        tokenizer: Tokenizer,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: Any,
+        mesh: Mesh,
+        large: LargeOptions,
+    ) -> Callable[[np.ndarray], np.ndarray]:
+        """A method of the stage of this name, for batch arrays or ids of this shape, exactly, as the memory allows."""
+        config = tokenizer.config
+
+        def prepared(x: Any) -> Any:
+            if method == "encode":
+                return model_input(config, {config.input_key: x})
+            return jnp.minimum(x, tokenizer.codebook_size - 1)
+
+        def convert(variables: Tree, x: jax.Array) -> jax.Array:
+            return getattr(tokenizer, method)(variables, prepared(x))
+
+        def in_strips(variables: Tree, x: np.ndarray, budget: int) -> tuple[np.ndarray, int]:
+            return apply_in_strips(tokenizer.model, variables, np.asarray(prepared(x)), method=method, budget=budget)
+
+        variables, budget = self.frozen[name], large.memory or device_budget()
+        scale = config.factor if method == "encode" else 1
+        scores = config.autoencoder.score_bytes(shape[0], shape[1] // scale, shape[2] // scale)
+        chosen = plan(convert, in_strips, variables, shape, dtype, budget=budget, mesh=mesh, uncounted=scores)
+        large.announce(f"{'decoding' if method == 'decode' else f'encoding {config.input_key}'} {chosen}")
+        return lambda x: chosen.run(variables, x)
 
 
 def _host_pictures(pictures: jax.Array, count: int) -> np.ndarray:

@@ -32,7 +32,7 @@ class ArchitectureConfig:
     heads: int
     width: int
     block_size: int  # positions; 0 = as many as the sequence needs
-    prefix: int  # first tokens that see each other both ways; 0 = causal throughout
+    prefix: int  # first tokens that see each other both ways; 0 = causal throughout, -1 = the whole condition
     embed_dropout: float
     residual_dropout: float
     attention_dropout: float
@@ -68,17 +68,17 @@ class TransformerConfig:
 @dataclasses.dataclass(frozen=True)
 class ImageTransformer:
     """Codes of pictures, given a condition. `frozen` everywhere holds the variables of the frozen networks by name:
-    "first_stage", "cond/<key>"."""
+    "first_stage", "cond/<key>"; `cond_stages` are the VQGANs of encoded conditions by their input_key."""
 
     config: TransformerConfig
     first_stage: Tokenizer
-    cond_stage: Tokenizer | None = None
+    cond_stages: Mapping[str, Tokenizer] = dataclasses.field(default_factory=dict, hash=False)
     dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: str = ""  # models/remat.py
 
     @functools.cached_property
     def condition(self) -> conditioning.Condition:
-        return conditioning.make_condition(self.config.condition, self.config.grid, self.cond_stage)
+        return conditioning.make_condition(self.config.condition, self.config.grid, self.cond_stages)
 
     @functools.cached_property
     def layout(self) -> conditioning.TokenLayout:
@@ -119,10 +119,10 @@ class ImageTransformer:
             raise UserError(
                 f"config.model.transformer.block_size: {a.block_size} positions, the sequence needs {needed}"
             )
-        if a.prefix > self.condition.length:
+        if not -1 <= a.prefix <= self.condition.length:
             raise UserError(
                 f"config.model.transformer.prefix: {a.prefix}, but the condition has {self.condition.length} tokens; "
-                "codes must not see later ones"
+                "codes must not see later ones, and -1 means all of them"
             )
         if a.heads < 1 or a.width % a.heads:
             raise UserError(f"config.model.transformer.width: {a.width} does not divide over {a.heads} heads")
@@ -133,24 +133,35 @@ class ImageTransformer:
             layers=a.layers,
             heads=a.heads,
             width=a.width,
-            prefix=a.prefix,
+            prefix=self.condition.length if a.prefix < 0 else a.prefix,
             embed_dropout=a.embed_dropout,
             residual_dropout=a.residual_dropout,
             attention_dropout=a.attention_dropout,
         )
 
-    def check_size(self, image_size: int) -> None:
-        """Raises UserError unless pictures of this size have the grid's codes."""
-        side = image_size // self.first_stage.factor
-        if self.config.grid != (side, side):
+    def check_size(self, image_size: int | tuple[int, int]) -> None:
+        """Raises UserError unless pictures of this size (a side, or height and width) have the grid's codes."""
+        factor = self.first_stage.factor
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        grid = (height // factor, width // factor)
+        if self.config.grid != grid:
             raise UserError(
-                f"config.model.grid: {self.config.grid}, but {image_size} pixels at factor {self.first_stage.factor} "
-                f"give {(side, side)}; set it, or config.data.image_size"
+                f"config.model.grid: {self.config.grid}, but {image_size} pixels at factor {factor} give {grid}; "
+                "set it, or config.data.image_size"
             )
+        for key, stage in self.cond_stages.items():
+            if stage.factor != factor:
+                raise UserError(
+                    f"config.cond_vqgan: the VQGAN of '{key}' has factor {stage.factor}, that of config.vqgan has "
+                    f"factor {factor}; their codes must stand at the same places"
+                )
+        for part in self.condition.parts:
+            if isinstance(part, conditioning.Coordinates) and part.config.factor != factor:
+                raise UserError(f"config.model.condition.factor: {part.config.factor}, the first stage has {factor}")
 
     @property
     def attend(self) -> str:
-        return "prefix" if self.config.transformer.prefix else "causal"
+        return "prefix" if self.gpt.prefix else "causal"
 
     def init(self, key: jax.Array) -> Tree:
         """Fresh parameters, boxed with their logical axes."""
@@ -159,11 +170,19 @@ class ImageTransformer:
 
     def codes(self, frozen: Tree, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Image codes [b, t] in order of generation, from the batch's cached codes [b, h, w] or its images."""
+        return self.from_grid(self._grid_codes(frozen, batch))
+
+    def _grid_codes(self, frozen: Tree, batch: Mapping[str, jax.Array]) -> jax.Array:
         if "codes/image" in batch:
-            ids = batch["codes/image"]
-        else:
-            ids = self.first_stage.encode(frozen["first_stage"], model_input(self.first_stage.config, batch))
-        return self.from_grid(ids)
+            return batch["codes/image"]
+        return self.first_stage.encode(frozen["first_stage"], model_input(self.first_stage.config, batch))
+
+    def given(self, frozen: Tree, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array] | None:
+        """Of a batch with `given` bool [b, h, w], the grid's codes that are kept: (codes of its images, `given`), both
+        [b, h, w]; None of one without."""
+        if "given" not in batch:
+            return None
+        return self._grid_codes(frozen, batch), batch["given"]
 
     def from_grid(self, ids_bhw: jax.Array) -> jax.Array:
         """Ids [b, h, w] to [b, t] in order of generation."""

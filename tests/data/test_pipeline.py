@@ -327,6 +327,12 @@ def test_prefetch_passes_everything_on_in_order_and_ends():
         assert batches.wait_seconds >= 0
 
 
+def test_a_batch_that_was_looked_at_comes_again():
+    with prefetch_to_device(iter(range(3)), lambda batch: batch) as batches:
+        assert batches.peek() == 0
+        assert list(batches) == [0, 1, 2]
+
+
 def test_prefetch_holds_so_many_and_no_more():
     put, reached = [], threading.Event()
 

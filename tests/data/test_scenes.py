@@ -5,7 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from vqgan_jax.data import scene_points
 from vqgan_jax.data.scenes import BOX_CLASSES, CLASSES, SEGMENTATION_CLASSES, SEGMENTATION_PALETTE, render
+from vqgan_jax.data.transforms import View, sample_keypoints
 
 SKY, CLOUD, FAR, NEAR, MEADOW, LAKE = map(
     SEGMENTATION_CLASSES.index, ("sky", "cloud", "far_ridge", "near_ridge", "meadow", "lake")
@@ -61,7 +63,7 @@ def test_constants_agree():
 def test_any_size_keeps_the_contract(size):
     for index in range(8):
         scene = render(3, index, *size)
-        n = len(scene["boxes"])
+        n, points = len(scene["boxes"]), 6 + 2 * scene_points.slots(size[1] / size[0])
         shapes = {key: (value.shape, value.dtype.name) for key, value in scene.items() if key != "label"}
         assert shapes == {
             "image": ((*size, 3), "uint8"),
@@ -69,6 +71,8 @@ def test_any_size_keeps_the_contract(size):
             "depth": (size, "float32"),
             "boxes": ((n, 4), "float32"),
             "box_classes": ((n,), "int32"),
+            "keypoints": ((points, 3), "float32"),
+            "keypoints_mirrored": ((points,), "int32"),
         }
         assert type(scene["label"]) is int and 0 <= scene["label"] < len(CLASSES)
         assert scene["image"].flags.c_contiguous
@@ -199,6 +203,41 @@ def test_trees_and_houses_stand_on_the_ground(scenes):
             foot = scene["depth"][bottom - 1, left:right].min()  # as far off as the ground it stands on
             assert abs(foot - scene["depth"][bottom, left:right].max()) < 0.05
     assert len(heights) > 400 and np.median(heights) > 12
+
+
+def test_key_points_stand_on_their_things(scenes):
+    names = scene_points.names(slots=4)
+    seen = np.zeros(len(names))
+    for scene in scenes:
+        points = scene["keypoints"]
+        assert len(points) == len(names) and not points[points[:, 2] == 0].any()
+        assert ((points[:, :2] >= 0) & (points[:, :2] <= 1)).all()
+        seen += points[:, 2]
+        slots = points[6:10]
+        assert (np.floor(slots[slots[:, 2] > 0, 0] * 4) == np.flatnonzero(slots[:, 2])).all()  # left to right
+        for slot, kind, fraction in [(k, "tree", 0.3) for k in range(4)] + [(5, "house", 0.3)]:
+            top = points[slot + 6 if kind == "tree" else slot]
+            foot = points[slot + 10] if kind == "tree" else np.where(points[3, 2] > 0, points[3], points[4])
+            if top[2] and foot[2]:  # a part of the way down from its top there is the thing itself
+                x, y = top[0], top[1] + fraction * (foot[1] - top[1])
+                assert SEGMENTATION_CLASSES[scene["segmentation"][int(y * 64), int(min(x, 0.999) * 64)]] == kind
+                boxes = scene["boxes"][scene["box_classes"] == BOX_CLASSES.index(kind)]
+                assert (np.abs(boxes[:, 1] - top[1]) < 0.05).any() or kind == "tree"  # another may hide its top
+    assert (seen > 0.3 * len(scenes)).all()
+
+
+def test_key_points_change_sides_in_a_mirrored_picture(scenes):
+    for scene in scenes[:40]:
+        points, mirrored = scene["keypoints"], scene["keypoints_mirrored"]
+        assert (mirrored[mirrored] == np.arange(len(mirrored))).all()
+        view = View(0, 0, 64, 64, flip=True)
+        moved = sample_keypoints(points, mirrored, view, 64, 64)
+        assert moved[:, 2].sum() == points[:, 2].sum()
+        trees = moved[6:10]
+        assert (np.floor(trees[trees[:, 2] > 0, 0] * 4) == np.flatnonzero(trees[:, 2])).all()  # still left to right
+        if points[3:5, 2].all():
+            assert moved[3, 0] < moved[4, 0]
+        np.testing.assert_allclose(sample_keypoints(moved, mirrored, view, 64, 64), points, atol=1e-6)
 
 
 def test_the_classes_can_be_told_apart(scenes):

@@ -41,13 +41,15 @@ def test_cached_scenes_are_the_rendered_ones_and_are_rendered_once(cache, monkey
 
 
 def test_scenes_splits_are_disjoint_and_keyed_by_all_that_matters(cache):
-    data = ConfigDict(dict(source="scenes", train_examples=6, val_examples=4, image_size=8, seed=1))
+    data = ConfigDict(dict(source="scenes", train_examples=6, val_examples=4, image_size=8, resize_to=0, seed=1))
     train, val = (open_source(data, split) for split in ("train", "val"))
     assert len(train) == 6 and len(val) == 4 and train.classes == scenes.CLASSES
     pictures = [source[i]["image"].tobytes() for source in (train, val) for i in range(len(source))]
     assert len(set(pictures)) == 10
+    data.resize_to = 12  # crops are cut out of larger pictures
+    assert open_source(data, "val")[0]["image"].shape == (12, 12, 3)
     ScenesSource(6, 8, 2, "train"), ScenesSource(7, 8, 1, "train"), ScenesSource(6, 9, 1, "train")
-    assert len(list(cache.iterdir())) == 5
+    assert len(list(cache.iterdir())) == 6
 
 
 def test_a_changed_renderer_is_another_cache(cache, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from vqgan_jax.object_tokens import ObjectTokens
 
 
 def transform(**fields):
-    base = Transform(tuple(KEYS), 16, "box", "center", (0.5, 1.0), False, 8, len(scenes.CLASSES), 0)
+    base = Transform(tuple(KEYS), 16, "box", "center", (0.5, 1.0), False, 8, len(scenes.CLASSES), 0, 8)
     return dataclasses.replace(base, **fields)
 
 
@@ -42,10 +42,11 @@ def rng(seed=0):
 def test_shapes_dtypes_and_ranges_for_any_source_size():
     for height, width in ((16, 16), (37, 91), (91, 37), (7, 5)):
         for crop in ("random", "center", "random_resized"):
-            example = scenes.render(0, 1, height, width) | {"keypoints": np.ones((4, 3), np.float32) / 2}
+            example = scenes.render(0, 1, height, width)
             row = transform(crop=crop, flip=True)(example, rng())
             shapes = {key: value.shape for key, value in row.items()}
             pictures = {"image": (16, 16, 3), "segmentation": (16, 16), "depth": (16, 16, 1)}
+            pictures |= {"edges": (16, 16, 1), "low_res": (16, 16, 3)}
             assert shapes == pictures | {
                 "label": (),
                 "boxes": (8, 4),
@@ -58,7 +59,7 @@ def test_shapes_dtypes_and_ranges_for_any_source_size():
             for key, value in row.items():
                 whole = key in ("label", "segmentation", "box_classes", "box_flags")
                 assert value.dtype == (np.int32 if whole else np.float32), key
-            for key in ("image", "depth"):
+            for key in ("image", "depth", "edges", "low_res"):
                 assert -1 <= row[key].min() <= row[key].max() <= 1
 
 
@@ -248,6 +249,21 @@ def test_resize_to_is_a_resize_followed_by_a_smaller_crop():
         transform(resize_to=12)
 
 
+@pytest.mark.parametrize("resize", ["box", "bilinear_no_antialias"])
+def test_a_size_of_other_proportions_is_the_middle_of_the_square(resize):
+    example = scenes.render(0, 3, 32, 32)
+    keys = ("image", "segmentation", "depth", "coords")
+    square, wide, tall = (
+        transform(keys=keys, size=size, resize=resize)(example, rng()) for size in (16, (8, 16), (16, 10))
+    )
+    for key in keys:
+        np.testing.assert_allclose(wide[key], square[key][4:12], atol=1e-6, err_msg=key)
+        np.testing.assert_allclose(tall[key], square[key][:, 3:13], atol=1e-6, err_msg=key)
+    assert transform(size=(8, 16))(example, rng())["keypoints"].shape == (8, 16, 3)
+    view = choose_view(40, 60, (8, 16), "random_resized", (0.25, 0.25), False, rng())
+    assert (view.width, view.height) == pytest.approx((30, 15))
+
+
 def test_flip_mirrors_pixels_and_boxes():
     example = scenes.render(0, 5, 16, 16)
     keys = tuple(key for key in KEYS if key not in ("crop_box", "keypoints"))
@@ -257,12 +273,41 @@ def test_flip_mirrors_pixels_and_boxes():
         for row in (transform(keys=keys, flip=True)(example, rng(seed)) for seed in range(20))
         if not np.array_equal(row["image"], straight["image"])
     )
-    for key in ("image", "segmentation", "depth"):
+    for key in ("image", "segmentation", "depth", "edges"):
         np.testing.assert_allclose(flipped[key], straight[key][:, ::-1], atol=1e-6)
+    np.testing.assert_allclose(flipped["low_res"], straight["low_res"][:, ::-1], atol=2 / 255)
     real = straight["box_classes"] >= 0
     expected = straight["boxes"][real]
     expected[:, 0] = 1 - expected[:, 0] - expected[:, 2]
     np.testing.assert_allclose(flipped["boxes"][real], expected, atol=1e-6)
+
+
+def test_edges_are_lines_where_the_seen_picture_changes():
+    image = np.full((60, 90, 3), 40, np.uint8)
+    image[:, 45:] = 220
+    for size, resize_to, at in ((48, 0, 24), (32, 64, 16)):
+        edges = transform(keys=("edges",), size=size, resize_to=resize_to)({"image": image}, rng())["edges"][..., 0]
+        assert set(np.unique(edges)) == {-1.0, 1.0}
+        found = np.flatnonzero((edges > 0).any(axis=0))
+        assert set(found) <= {at - 1, at, at + 1}
+        assert (edges[2:-2] > 0).any(axis=1).all()
+    assert (transform(keys=("edges",))({"image": image[:, :40]}, rng())["edges"] == -1).all()
+
+
+def test_low_res_keeps_means_of_areas_and_loses_what_is_finer():
+    fine = np.indices((64, 64)).sum(0) % 2 * np.uint8(200)
+    make = transform(keys=("low_res",), size=64)
+    grey = make({"image": np.repeat(fine[..., None].astype(np.uint8), 3, 2)}, rng())["low_res"]
+    np.testing.assert_allclose(grey, 100 / 127.5 - 1, atol=1e-6)
+    halves = np.zeros((64, 64, 3), np.uint8)
+    halves[:, 32:] = 200
+    for factor, width in ((8, 12), (2, 4)):
+        row = dataclasses.replace(make, low_res_factor=factor)({"image": halves}, rng())["low_res"][20, :, 0]
+        blurred = np.flatnonzero(np.abs(row - from_uint8(halves)[20, :, 0]) > 0.02)
+        assert 0 < blurred.max() - blurred.min() < 3 * width and blurred.min() >= 32 - 3 * factor
+        assert np.abs(np.diff(row)).max() < (0.4 if factor == 8 else 1.2)
+    with pytest.raises(UserError, match=r"config\.data\.low_res_factor: 0"):
+        transform(keys=("low_res",), low_res_factor=0)
 
 
 def test_boxes_are_clipped_and_those_outside_are_dropped():
@@ -334,7 +379,7 @@ def test_what_the_source_lacks_or_gets_wrong_is_named():
 def test_from_config_evaluates_with_the_centre_crop():
     data = ConfigDict(
         {"image_size": 16, "resize": "box", "crop": "random", "crop_scale": [0.5, 1], "flip": True, "max_boxes": 8}
-        | {"resize_to": 0}
+        | {"resize_to": 0, "low_res_factor": 8}
     )
     train, val = (Transform.from_config(data, keys=tuple(KEYS), classes=8, train=train) for train in (True, False))
     assert train == transform(crop="random", flip=True) and val == transform()

@@ -16,6 +16,7 @@ from vqgan_jax.models.gpt import GPT, GPTConfig
 from vqgan_jax.models.layers import Downsample, pixel_shuffle
 from vqgan_jax.models.lpips import LPIPS, LPIPSConfig
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
+from vqgan_jax.train.roofline import count_flops
 
 TINY_GPT = GPTConfig(24, 20, 12, 2, 2, 16, 4, 0.0, 0.0, 0.0)
 
@@ -77,14 +78,42 @@ def test_who_sees_whom_by_gradient(attend):
     np.testing.assert_array_equal(np.asarray(jacobian) > 0, sees)
 
 
+@pytest.mark.parametrize("kind", ["gpt", pytest.param("vqgan", marks=pytest.mark.slow)])
+def test_remat_computes_again_what_its_name_says(kind):
+    """By the products in a gradient's program: "dots" keeps those with weights, "attention" and "block" repeat theirs.
+    Nothing is compiled."""
+    ids = jnp.zeros((1, 10), jnp.int32)
+    ae = AutoencoderConfig(3, 3, 16, 32, (1, 1), 1, 1, (8,), True, 32, 0.0, 1)
+    quantizer = quantizers.VQConfig(8, 4, 0.25, 1.0, 0.0, 0.9)
+
+    def products(name: str) -> float:
+        if kind == "gpt":
+            model = GPT(TINY_GPT, remat=name)
+            init, apply = (
+                (lambda key: model.init(key, ids, positions_bt=ids)),
+                lambda p: model.apply(p, ids, positions_bt=ids)[0].sum(),
+            )
+        else:
+            model, x = VQGAN(VQGANConfig(ae, quantizer, None, "image"), remat=name), jnp.zeros((1, 16, 16, 3))
+            init, apply = (lambda key: model.init(key, x)), lambda p: model.apply(p, x).reconstruction.sum()
+        params = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+        return count_flops(jax.make_jaxpr(jax.grad(apply))(params))
+
+    plain, dots, attention, block = (products(name) for name in ("", "dots", "attention", "block"))
+    assert plain <= dots < 1.05 * plain < 1.1 * plain < block < 1.5 * plain and plain < attention < block
+    with pytest.raises(ValueError, match="remat 'all'"):
+        products("all")
+
+
 def test_remat_changes_nothing_and_dropout_needs_train():
     model, params, ids = gpt_and_params(residual_dropout=0.5)
     positions = jnp.arange(10)[None]
     plain = model.apply({"params": params}, ids, positions_bt=positions)[0]
-    remat = GPT(model.config, remat=True)
+    others = [GPT(model.config, remat=name) for name in ("block", "dots")]
     loss = lambda m, p: m.apply({"params": p}, ids, positions_bt=positions)[0].sum()  # noqa: E731
-    grads = [jax.grad(lambda p, m=m: loss(m, p))(params) for m in (model, remat)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *grads)
+    grads = [jax.jit(jax.grad(lambda p, m=m: loss(m, p)))(params) for m in (model, *others)]
+    for other in grads[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads[0], other)
     noisy = model.apply(
         {"params": params}, ids, positions_bt=positions, train=True, rngs={"dropout": jax.random.key(5)}
     )[0]

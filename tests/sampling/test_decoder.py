@@ -10,10 +10,11 @@ import pytest
 from tests.sampling.models import random_transformer
 from vqgan_jax import parallel
 from vqgan_jax.config import UserError
-from vqgan_jax.models import gpt
+from vqgan_jax.models import attention, gpt
 from vqgan_jax.models.gpt import split_layers
 from vqgan_jax.sampling.decoder import decode, spans
-from vqgan_jax.sampling.sampler import leading_given, make_sampler, slide_grid
+from vqgan_jax.sampling.large import LargeSampler
+from vqgan_jax.sampling.sampler import leading_given, make_sampler
 from vqgan_jax.sampling.strategies import Strategy, guidance_scale, row_keys
 
 LABELS = jnp.array([[1], [7], [3], [3]])
@@ -23,6 +24,12 @@ LABELS = jnp.array([[1], [7], [3], [3]])
 def small():
     model, params = random_transformer()
     return model, params, split_layers(params)
+
+
+@functools.cache
+def sampler():
+    """One for all tests, so that what they draw alike is compiled once."""
+    return make_sampler(small()[0], (6, 6))
 
 
 def recorded(model, split, strategy, condition=LABELS, **more):
@@ -47,7 +54,9 @@ def recorded(model, split, strategy, condition=LABELS, **more):
     return ids, logits
 
 
-@pytest.mark.parametrize("start, length, buckets", [(1, 256, 8), (1, 256, 1), (256, 256, 8), (31, 30, 8), (1, 1, 8)])
+@pytest.mark.parametrize(
+    "start, length, buckets", [(1, 256, 8), (1, 256, 1), (256, 256, None), (31, 30, 8), (1, 1, None)]
+)
 def test_spans_cover_every_token_and_grow(start, length, buckets):
     found = spans(start, length, buckets)
     tokens = [i for first, last, _ in found for i in range(first, last)]
@@ -56,19 +65,30 @@ def test_spans_cover_every_token_and_grow(start, length, buckets):
         assert start + last <= span <= start + length - 1
     assert [s for *_, s in found] == sorted({s for *_, s in found})
     if (start, length, buckets) == (1, 256, 8):
+        assert found == spans(1, 256)
         assert len(found) == 8 and sum((last - first) * span for first, last, span in found) / 255 < 145
 
 
-@pytest.mark.parametrize("buckets", [1, 5, 8])
-def test_the_decoders_logits_equal_the_whole_sequences_at_every_position(buckets):
-    model, params, split = small()
-    ids, logits = recorded(model, split, Strategy(), buckets=buckets)
+@pytest.mark.parametrize(
+    "kind, buckets, tolerance",
+    [
+        ({}, 8, 1e-4),
+        ({"dtype": jnp.bfloat16}, 5, 0.06),
+        ({"spatial": True, "grid": (4, 4)}, 3, 1e-4),
+        ({"spatial": True, "grid": (4, 4), "prefix": -1}, 3, 1e-4),
+    ],
+    ids=["class", "bfloat16", "spatial", "both ways"],
+)
+def test_the_decoders_logits_equal_the_whole_sequences_at_every_position(kind, buckets, tolerance):
+    model, params = random_transformer(**kind)
+    condition = jax.random.randint(jax.random.key(2), (4, model.condition.length), 0, model.condition.vocab_size)
+    ids, logits = recorded(model, split_layers(params, model.dtype), Strategy(), condition, buckets=buckets)
     assert len(np.unique(ids)) > 10
-    full = model.logits(params, LABELS, ids)
-    assert sorted(logits) == list(range(36))
-    assert float(full.std()) > 0.5
-    for i in range(36):
-        np.testing.assert_allclose(logits[i], full[:, i], atol=1e-3, err_msg=f"token {i}")
+    full = jax.jit(model.logits)(params, condition, ids)
+    spread = float(full.std())
+    assert sorted(logits) == list(range(len(model.order))) and spread > 0.5
+    for i in logits:
+        np.testing.assert_allclose(logits[i], full[:, i], atol=tolerance * spread, err_msg=f"token {i}")
 
 
 def test_one_token_attends_as_many_do():
@@ -76,8 +96,14 @@ def test_one_token_attends_as_many_do():
     seen = jnp.arange(20) < 13
     heads = [a.reshape(3, -1, 4, 8) for a in (q, k, v)]
     expected = jax.nn.dot_product_attention(*heads, mask=jnp.broadcast_to(seen, (3, 4, 1, 20))).reshape(3, 32)
-    for one in (gpt.attend_by_matrix, gpt.attend_by_sum, gpt.attend_one):
+    for one in (attention.attend_by_matrix, attention.attend_by_sum, attention.attend_by_heads):
         np.testing.assert_allclose(one(q[:, 0], k, v, seen, heads=4), expected, atol=1e-5)
+
+
+def test_one_rows_product_in_pieces_is_the_product():
+    x, kernel = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(1, 1, 32), (32, 6)]))
+    np.testing.assert_allclose(gpt.contract(x, kernel), x @ kernel, atol=1e-5)
+    assert gpt.contract(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_guided_logits_are_those_of_two_passes():
@@ -93,12 +119,13 @@ def test_guided_logits_are_those_of_two_passes():
 
 
 def test_guidance_of_one_is_none_and_needs_a_null_condition():
-    model, _, split = small()
-    sampler, keys = make_sampler(model, (6, 6)), row_keys(0, jnp.arange(4))
-    plain = sampler(split, LABELS, keys, Strategy(), None)
-    one = sampler(split, LABELS, keys, Strategy(guidance=jnp.float32(1.0)), None)
+    _, _, split = small()
+    keys, linear = row_keys(0, jnp.arange(4)), Strategy(schedule="linear", top_k=9)
+    plain = sampler()(split, LABELS, keys, linear, None)
+    one, guided = (
+        sampler()(split, LABELS, keys, linear.replace(guidance=jnp.float32(w), guided=True), None) for w in (1, 4)
+    )
     np.testing.assert_array_equal(plain, one)
-    guided = sampler(split, LABELS, keys, Strategy(guidance=4.0), None)
     assert (guided != plain).any()
     without, params = random_transformer(dropout=0.0)
     with pytest.raises(UserError, match="condition_dropout"):
@@ -107,16 +134,15 @@ def test_guidance_of_one_is_none_and_needs_a_null_condition():
 
 def test_the_window_is_guided_like_the_plain_sampler():
     model, _, split = small()
-    keys, strategy = row_keys(5, jnp.arange(4)), Strategy(guidance=2.5, schedule="linear", top_k=9)
-    plain = make_sampler(model, (6, 6))(split, LABELS, keys, strategy, None)
-    slid = jax.jit(functools.partial(slide_grid, model, (6, 6), "upper"))(split, LABELS, keys, strategy, None)
+    keys, strategy = row_keys(5, jnp.arange(4)), Strategy(guidance=jnp.float32(2.5), schedule="linear", top_k=9)
+    plain = sampler()(split, LABELS, keys, strategy, None)
+    slid = LargeSampler(model, (6, 6)).whole(split, LABELS, keys, strategy)
     np.testing.assert_array_equal(slid, plain)
 
 
 def test_a_sweep_compiles_once():
     model, _, split = small()
-    sampler = make_sampler(model, (6, 6))
-    keys = row_keys(0, jnp.arange(2))
+    sweep = make_sampler(model, (6, 6))
     for seed, (temperature, k, p, min_p, scale, power, interval) in enumerate(
         [
             (1.0, 5, 1.0, 0.0, 2.0, 1.0, (0.0, 1.0)),
@@ -128,45 +154,44 @@ def test_a_sweep_compiles_once():
             temperature, k, p, min_p, guidance=scale, power=power, interval=interval, schedule="power-cosine"
         )
         keys = row_keys(seed, jnp.arange(2))
-        sampler(split, LABELS[:2], keys, strategy, None)
-    assert sampler._cache_size() == 1
-    sampler(split, LABELS[:2], keys, Strategy(greedy=True), None)
-    assert sampler._cache_size() == 2
+        sweep(split, LABELS[:2], keys, strategy, None)
+    assert sweep._cache_size() == 1
 
 
 def test_given_ids_never_change_and_a_leading_run_is_prefilled():
     model, _, split = small()
-    sampler, keys = make_sampler(model, (6, 6)), row_keys(2, jnp.arange(4))
+    keys, strategy = row_keys(2, jnp.arange(4)), Strategy(guidance=2.0)
     ids = jax.random.randint(jax.random.key(1), (4, 6, 6), 0, 64)
     rng = np.random.default_rng(0)
     for mask in (rng.random((4, 6, 6)) < 0.4, np.ones((4, 6, 6), bool), np.zeros((4, 6, 6), bool)):
         mask[:, :2] |= mask[:, 2:3]
-        drawn = sampler(split, LABELS, keys, Strategy(top_k=20), (ids, jnp.asarray(mask)))
+        drawn = sampler()(split, LABELS, keys, strategy, (ids, jnp.asarray(mask)))
         np.testing.assert_array_equal(np.asarray(drawn)[mask], np.asarray(ids)[mask])
         assert mask.all() or (np.asarray(drawn)[~mask] != np.asarray(ids)[~mask]).any()
     mask = np.zeros((4, 6, 6), bool)
     mask[:, :3], mask[:, 3, :2], mask[0] = True, True, True
     assert leading_given(model, mask) == 18
     given = (ids, jnp.asarray(mask))
-    for strategy in (Strategy(), Strategy(guidance=2.0)):
-        slow = sampler(split, LABELS, keys, strategy, given)
-        for leading in (18,) if strategy.guided else (18, 6):
-            fast = sampler(split, LABELS, keys, strategy, given, leading=leading)
-            np.testing.assert_array_equal(fast, slow)
+    slow, fast = (sampler()(split, LABELS, keys, strategy, given, leading=leading) for leading in (0, 18))
+    np.testing.assert_array_equal(fast, slow)
     whole = (ids, jnp.ones((4, 6, 6), bool))
-    np.testing.assert_array_equal(sampler(split, LABELS, keys, Strategy(), whole, leading=36), ids)
+    np.testing.assert_array_equal(sampler()(split, LABELS, keys, strategy, whole, leading=36), ids)
+
+
+EIGHT = jnp.arange(8)[:, None], row_keys(7, jnp.arange(8)), Strategy(top_k=30, guidance=1.5)
 
 
 def test_a_row_depends_on_its_seed_alone():
-    model, _, split = small()
-    sampler, strategy = make_sampler(model, (6, 6)), Strategy(top_k=30, guidance=1.5)
-    labels, keys = jnp.arange(6)[:, None], row_keys(7, jnp.arange(6))
-    together = np.asarray(sampler(split, labels, keys, strategy, None))
-    turned = np.asarray(sampler(split, labels[::-1], keys[::-1], strategy, None))[::-1]
+    _, _, split = small()
+    labels, keys, strategy = EIGHT
+    together = np.asarray(sampler()(split, labels, keys, strategy, None))
+    turned = np.asarray(sampler()(split, labels[::-1], keys[::-1], strategy, None))[::-1]
     np.testing.assert_array_equal(together, turned)
-    alone = np.concatenate([sampler(split, labels[i : i + 1], keys[i : i + 1], strategy, None) for i in range(6)])
-    np.testing.assert_array_equal(together, alone)
-    assert len(np.unique(together.reshape(6, -1), axis=0)) == 6
+    for i in (0, 3, 7):
+        np.testing.assert_array_equal(
+            sampler()(split, labels[i : i + 1], keys[i : i + 1], strategy, None)[0], together[i]
+        )
+    assert len(np.unique(together.reshape(8, -1), axis=0)) == 8
 
 
 SLOW_SHAPES = [pytest.param(shape, marks=pytest.mark.slow) for shape in ((8, 1, 1), (1, 4, 2), (1, 2, 4))]
@@ -175,8 +200,8 @@ SLOW_SHAPES = [pytest.param(shape, marks=pytest.mark.slow) for shape in ((8, 1, 
 @pytest.mark.parametrize("shape", [(2, 2, 2), *SLOW_SHAPES])
 def test_eight_devices_draw_what_one_draws(shape):
     model, params, split = small()
-    strategy, labels, keys = Strategy(top_k=30, guidance=1.5), jnp.arange(8)[:, None], row_keys(7, jnp.arange(8))
-    one = make_sampler(model, (6, 6))(split, labels, keys, strategy, None)
+    labels, keys, strategy = EIGHT
+    one = sampler()(split, labels, keys, strategy, None)
     mesh = parallel.make_mesh(dict(zip(parallel.MESH_AXES, shape, strict=True)))
     placed = model.split(params, mesh)
     kernel = placed["block_0"]["attention"]["query_kernel"]

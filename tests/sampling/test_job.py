@@ -9,15 +9,17 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests import reference as ref
-from vqgan_jax import pretrained, storage
+from vqgan_jax import parallel, pretrained, storage
 from vqgan_jax.config import UserError
 from vqgan_jax.sampling import job
 from vqgan_jax.sampling.job import SampleFolder, host_share
+from vqgan_jax.sampling.large import LargeOptions
 from vqgan_jax.sampling.strategies import Strategy
 
 ROOT = Path(__file__).parent.parent.parent
@@ -172,6 +174,57 @@ def test_few_pictures_wait_in_memory_and_errors_come_out(tmp_path, monkeypatch):
     monkeypatch.setattr(job.images, "save_png", full)
     with pytest.raises(OSError, match="No space"), SampleFolder(storage.path(tmp_path), {}) as folder:
         folder.write(0, np.zeros((2, 2, 3), np.uint8))
+
+
+class Stopped(Exception):
+    pass
+
+
+def draw_large(trained, path: Path, stop: float = 2.0, **more) -> tuple[list[float], SampleFolder]:
+    """Two pictures beyond the trained size into a folder, until so much of them is drawn: what the bar showed."""
+    shares = []
+
+    def progress(share):
+        shares.append(share)
+        if share > stop:
+            raise Stopped
+
+    path.mkdir(exist_ok=True)
+    labels, one = np.array([3, 4], np.int32), parallel.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    with SampleFolder(storage.path(path), {"seed": 1}) as folder:
+        large = LargeOptions(folder=folder, progress=progress, **more)
+        asked = dict(seed=4, batch=2, strategy=Strategy(top_k=9), mesh=one, large=large)
+        for pictures in trained.samples(labels, (16, 20), **asked):
+            for index, picture in enumerate(pictures):
+                folder.write(index, picture)
+    return shares, folder
+
+
+def test_a_large_picture_that_was_stopped_goes_on_in_its_midst(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "KEEP_SECONDS", 0)
+    whole, _ = draw_large(trained, tmp_path / "whole", every=4)
+    assert len(whole) > 2 and whole[-1] == 1
+    with pytest.raises(Stopped):
+        draw_large(trained, tmp_path / "stopped", stop=whole[0])
+    assert sorted(path.name for path in (tmp_path / "stopped").glob("0*")) == ["000000.begun.npz", "000001.begun.npz"]
+    with pytest.raises(UserError, match="other settings: seed: 2 here, 1 there"):
+        fill(tmp_path / "stopped", {"seed": 2})
+    again, _ = draw_large(trained, tmp_path / "stopped")
+    assert again == whole[1:]
+    names = ["000000.png", "000001.png"]
+    assert sorted(path.name for path in (tmp_path / "stopped").glob("0*")) == names
+    for name in names:
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+    growing = sorted((tmp_path / "whole" / job.GROWING).iterdir())
+    rows = int(growing[0].stem.partition("_")[2])
+    assert growing[0].name == f"000000_{rows:04d}.png" and 4 <= rows < 16
+    picture, finished = (
+        np.asarray(Image.open(path)).astype(int) for path in (growing[0], tmp_path / "whole" / names[0])
+    )
+    assert picture.shape == finished.shape
+    factor = len(picture) // 16
+    assert (picture[-factor:] == 128).all() and (picture[: rows * factor] != 128).mean() > 0.5
 
 
 def test_hosts_share_all_indices():

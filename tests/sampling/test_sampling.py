@@ -11,8 +11,8 @@ from vqgan_jax.config import UserError
 from vqgan_jax.models.gpt import split_layers
 from vqgan_jax.models.vqgan import VQGAN
 from vqgan_jax.sampling.decoder import decode
-from vqgan_jax.sampling.large import window_logits
-from vqgan_jax.sampling.sliding import Wavefront, slide, window_start
+from vqgan_jax.sampling.large import LargeSampler
+from vqgan_jax.sampling.sliding import Wavefront, window_start
 from vqgan_jax.sampling.strategies import Strategy, filter_logits, row_keys
 from vqgan_jax.tokenizer import Tokenizer
 from vqgan_jax.transformer import ArchitectureConfig, ImageTransformer, TransformerConfig
@@ -40,8 +40,8 @@ def depth_transformer():
         True,
         0.0,
     )
-    stages = Tokenizer(VQGAN(ref.FIRST_STAGE_TINY)), Tokenizer(VQGAN(ref.DEPTH_STAGE_TINY))
-    model = ImageTransformer(config, *stages)
+    depth = Tokenizer(VQGAN(ref.DEPTH_STAGE_TINY))
+    model = ImageTransformer(config, Tokenizer(VQGAN(ref.FIRST_STAGE_TINY)), {"depth": depth})
     frozen = {
         "first_stage": ref.vqgan_variables(ref.FIRST_STAGE_TINY, tensors, "first_stage_model."),
         "cond/depth": ref.vqgan_variables(ref.DEPTH_STAGE_TINY, tensors, "cond_stage_model."),
@@ -68,7 +68,7 @@ def test_greedy_cached_sampling_equals_the_reference():
     np.testing.assert_allclose(image, golden["greedy_image"], atol=1e-4 * ref.scale(golden["greedy_image"]))
 
 
-@pytest.mark.parametrize("serial", [True, False])
+@pytest.mark.parametrize("serial", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_greedy_sliding_window_equals_the_reference(serial):
     golden = ref.golden("depth_transformer_tiny.npz")
     model, params, frozen = depth_transformer()
@@ -76,28 +76,12 @@ def test_greedy_sliding_window_equals_the_reference(serial):
     np.testing.assert_allclose(logits, golden["logits"], atol=2e-3 * ref.scale(golden["logits"]))  # stored as float16
     condition = model.condition.stage.encode(frozen["cond/depth"], golden["slide/depth"])
     np.testing.assert_array_equal(condition, golden["slide/cond_tokens"])
-    split = split_layers(params)
-
-    logits = window_logits(model, split, condition.reshape(1, -1), (22, 27), Strategy(greedy=True))
-    wavefront = Wavefront((22, 27), (16, 16), serial=serial)
-    run = jax.jit(lambda keys: slide(wavefront, logits, keys, Strategy(greedy=True)))
-    ids = run(row_keys(0, jnp.arange(1)))
+    sampler = LargeSampler(model, (22, 27), serial=serial)
+    keys = row_keys(0, jnp.arange(1))
+    ids = sampler.whole(split_layers(params), condition.reshape(1, -1), keys, Strategy(greedy=True))
     np.testing.assert_array_equal(ids, golden["slide/greedy_tokens"])
     image = model.decode(frozen, ids)
     np.testing.assert_allclose(image, golden["slide/image"], atol=1e-3 * ref.scale(golden["slide/image"]))
-
-
-def test_cached_logits_equal_uncached_at_every_position():
-    golden = ref.golden("class_transformer_tiny.npz")
-    model, params, _ = class_transformer()
-    condition, codes = golden["cond_tokens"], golden["tokens"]
-    full = model.logits(params, condition, codes)
-    apply, empty = model.decoder(split_layers(params))
-    apply = jax.jit(apply, static_argnums=2)
-    ids, cache = model.layout.join(condition, codes), empty(3)
-    for i in range(64):
-        logits, cache = apply(ids[:, i : i + 1], cache, min(64, 16 * (i // 16 + 1)))
-        np.testing.assert_allclose(logits, full[:, i], atol=1e-4)
 
 
 def test_the_window_covering_the_grid_equals_the_plain_sampler_and_given_ids_stay():
@@ -107,9 +91,7 @@ def test_the_window_covering_the_grid_equals_the_plain_sampler_and_given_ids_sta
     ids = jax.random.randint(jax.random.key(1), (2, 8, 8), 0, 64)
     given = (ids.reshape(2, -1), mask.reshape(2, -1))
     plain = sample(model, params, labels, keys, Strategy(), 64, given)
-    split = split_layers(params)
-    logits = window_logits(model, split, labels, (8, 8), Strategy())
-    slid = jax.jit(lambda: slide(Wavefront((8, 8), (8, 8)), logits, keys, Strategy(), given=(ids, mask)))()
+    slid = LargeSampler(model, (8, 8)).whole(split_layers(params), labels, keys, Strategy(), (ids, mask))
     np.testing.assert_array_equal(slid.reshape(2, -1), plain)
     np.testing.assert_array_equal(np.asarray(slid)[mask], np.asarray(ids)[mask])
 

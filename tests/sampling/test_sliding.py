@@ -11,27 +11,27 @@ import pytest
 from tests import reference as ref
 from tests.sampling.models import random_transformer
 from vqgan_jax import parallel
-from vqgan_jax.conditioning import CoordinatesConfig, EncodedImageConfig
+from vqgan_jax.conditioning import ClassLabelConfig, CoordinatesConfig, EncodedImageConfig, JointConfig
 from vqgan_jax.config import UserError
 from vqgan_jax.models.vqgan import VQGAN
 from vqgan_jax.object_tokens import ObjectTokens
 from vqgan_jax.sampling.blocks import Blocks
-from vqgan_jax.sampling.large import LargeSampler, window_logits
+from vqgan_jax.sampling.large import LargeSampler
 from vqgan_jax.sampling.sampler import make_sampler
-from vqgan_jax.sampling.sliding import Wavefront, slide
+from vqgan_jax.sampling.sliding import Wavefront
 from vqgan_jax.sampling.strategies import Strategy, row_keys
-from vqgan_jax.tokenizer import Tokenizer
+from vqgan_jax.tokenizer import Tokenizer, by_input_key
 from vqgan_jax.transformer import ArchitectureConfig, ImageTransformer, TransformerConfig
 
 OBJECTS = ObjectTokens(kind="boxes", max_objects=3, vocab=300, classes=5, crop=True, flags=(), trim=True)
 
 
-def transformer(condition, stage=None, grid=(4, 4)):
+def transformer(condition, *stages, grid=(4, 4)):
     """A transformer under any condition, with parameters large enough for logits that differ."""
     config = TransformerConfig(
         ArchitectureConfig(2, 2, 16, 0, 0, 0.0, 0.0, 0.0), condition, grid, "row_major", False, 0.0
     )
-    model = ImageTransformer(config, Tokenizer(VQGAN(ref.FIRST_STAGE_TINY)), stage)
+    model = ImageTransformer(config, Tokenizer(VQGAN(ref.FIRST_STAGE_TINY)), by_input_key(stages))
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0)))
     noise = jax.random.key(1)
     params = jax.tree.map(lambda x: 5 * x + 0.1 * jax.random.normal(noise, x.shape), params)
@@ -46,27 +46,32 @@ def whole_condition(model, grid, b=2):
             np.float32
         )
         return jnp.asarray(OBJECTS.tokens(boxes, rng.integers(0, 5, (b, 3)), np.zeros((b, 3), np.int32)))
-    length = grid[0] * grid[1] if model.condition.spatial else model.condition.length
+    length = model.condition.length_on(grid)
     return jax.random.randint(jax.random.key(5), (b, length), 0, model.condition.vocab_size)
 
 
 MODELS = {
     "class": lambda: transformer(random_transformer()[0].config.condition),
     "depth": lambda: transformer(EncodedImageConfig("depth"), Tokenizer(VQGAN(ref.DEPTH_STAGE_TINY))),
-    "coordinates": lambda: transformer(CoordinatesConfig(64, 4, "joint")),
+    "joint": lambda: transformer(
+        JointConfig((ClassLabelConfig(5), EncodedImageConfig("depth"), CoordinatesConfig(64, 4, "joint"))),
+        Tokenizer(VQGAN(ref.DEPTH_STAGE_TINY)),
+    ),
     "objects": lambda: transformer(OBJECTS),
 }
 
 
 def slid(model, params, grid, serial, strategy=Strategy(), centre="upper", given=None):  # noqa: B008
     condition, keys = whole_condition(model, grid), row_keys(3, jnp.arange(2))
-    wavefront = Wavefront(grid, model.config.grid, centre, serial)
-    run = lambda: slide(wavefront, window_logits(model, params, condition, grid, strategy), keys, strategy, given)  # noqa: E731
-    return np.asarray(jax.jit(run)())
+    sampler = LargeSampler(model, grid, centre=centre, serial=serial)
+    return np.asarray(sampler.whole(params, condition, keys, strategy, given))
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("grid, centre", [((7, 13), "upper"), ((9, 5), "lower")])
+@pytest.mark.parametrize(
+    "kind, grid, centre",
+    [(kind, (7, 13), "upper") for kind in MODELS]
+    + [pytest.param(kind, (9, 5), "lower", marks=pytest.mark.slow) for kind in MODELS],
+)
 def test_rows_at_once_give_the_tokens_of_one_after_the_other(kind, grid, centre):
     model, params = MODELS[kind]()
     serial, fast = (slid(model, params, grid, s, centre=centre) for s in (True, False))
@@ -123,7 +128,14 @@ def test_a_stopped_picture_goes_on_and_devices_do_not_matter(stride):
     whole, last = parts[-1]
     assert last == sampler.total and len(parts) > 1
     ids, position = parts[(len(parts) - 1) // 2]
-    *_, (again, _) = sampler(params, condition, keys, strategy, ids=jnp.asarray(ids), position=position)
+    starts = sorted(start for positions in sampler.programs().values() for start in positions)
+    assert starts == [0, *(position for _, position in parts[:-1])]
+    drawn = sampler.drawn(position)
+    assert drawn[: sampler.rows(position)].all() and drawn.any() and not drawn.all()
+    assert (sampler.rows(0), sampler.rows(last)) == (0, 9)
+    np.testing.assert_array_equal(ids[:, drawn], whole[:, drawn])
+    assert (ids[:, ~drawn] == 0).all() and sampler.drawn(last).all() and not sampler.drawn(0).any()
+    *_, (again, _) = sampler(params, condition, keys, strategy, begun=(jnp.asarray(ids), position))
     np.testing.assert_array_equal(again, whole)
     mesh = parallel.make_mesh({"data": 4, "fsdp": 2, "tensor": 1})
     with jax.set_mesh(mesh):
@@ -131,16 +143,15 @@ def test_a_stopped_picture_goes_on_and_devices_do_not_matter(stride):
             jax.device_put(params, jax.NamedSharding(mesh, jax.P())), condition, keys, strategy
         )
     np.testing.assert_array_equal(sharded, whole)
-    if not stride:
-        np.testing.assert_array_equal(make_sampler(model, grid)(params, condition, keys, strategy, None), whole)
 
 
-def test_a_block_window_over_the_whole_grid_is_the_plain_sampler():
+@pytest.mark.parametrize("how", [dict(), dict(serial=True), dict(stride=2)])
+def test_a_window_over_the_whole_grid_is_the_plain_sampler(how):
     model, params = MODELS["depth"]()
     condition, keys = whole_condition(model, (4, 4)), row_keys(3, jnp.arange(2))
     plain = make_sampler(model, (4, 4))(params, condition, keys, Strategy(), None)
-    *_, (blocks, _) = LargeSampler(model, (4, 4), stride=2)(params, condition, keys, Strategy())
-    np.testing.assert_array_equal(blocks, plain)
+    slid = LargeSampler(model, (4, 4), **how).whole(params, condition, keys, Strategy())
+    np.testing.assert_array_equal(slid, plain)
 
 
 @pytest.mark.parametrize("stride", [2, 4])
@@ -149,7 +160,7 @@ def test_blocks_see_what_stands_above_and_to_the_left(stride):
     model, params = MODELS["class"]()
     grid = (7, 6) if stride == 2 else (8, 12)
     condition, keys, greedy = whole_condition(model, grid), row_keys(3, jnp.arange(2)), Strategy(greedy=True)
-    *_, (made, _) = LargeSampler(model, grid, stride=stride)(params, condition, keys, greedy)
+    made = LargeSampler(model, grid, stride=stride).whole(params, condition, keys, greedy)
     ids = np.zeros((2, *grid), np.int32)
     known = np.zeros(grid, bool)
     logits = jax.jit(model.window_logits)
@@ -172,7 +183,7 @@ def test_given_ids_stay_in_blocks():
     mask = np.asarray(jax.random.bernoulli(jax.random.key(0), 0.3, (2, *grid)))
     ids = np.asarray(jax.random.randint(jax.random.key(1), (2, *grid), 0, 64))
     condition, keys = whole_condition(model, grid), row_keys(3, jnp.arange(2))
-    *_, (made, _) = LargeSampler(model, grid, stride=3)(params, condition, keys, Strategy(), (ids, mask))
+    made = LargeSampler(model, grid, stride=3).whole(params, condition, keys, Strategy(), (ids, mask))
     np.testing.assert_array_equal(np.asarray(made)[mask], ids[mask])
 
 

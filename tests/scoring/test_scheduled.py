@@ -57,13 +57,14 @@ def test_judges_of_conditions_know_what_is_attainable(runs):
     data = setup.open_data(config, ("image", "segmentation"), factor=1)
     read = lambda source, k: source[int(k)]  # noqa: E731
     rows = [data.val_transform(read(data.val, k), np.random.default_rng(0)) for k in range(16)]
-    asked = lambda key, indices: np.stack([rows[int(k)][key] for k in indices])  # noqa: E731
-    (judge,) = judges.condition_judges(("segmentation", "depth"), data, asked)
+    asked = lambda indices: {"segmentation": np.stack([rows[int(k)]["segmentation"] for k in indices])}  # noqa: E731
+    (judge,) = judges.condition_judges(("segmentation", "coords"), data, asked, 16)
     real = judges.read_examples(data.val, data.val_transform, 16)["image"]
     judge.add(real[:5], np.arange(5))
     judge.add(real[5:], np.arange(5, 16))
     right = judge.result()
     assert right["segmentation_agreement"] == pytest.approx(right["segmentation_agreement_real"])
-    (judge,) = judges.condition_judges(("segmentation",), data, asked)
+    assert right["segmentation_agreement_shuffled"] < right["segmentation_agreement"] - 0.05
+    (judge,) = judges.condition_judges(("segmentation",), data, asked, 16)
     judge.add(real[::-1], np.arange(16))
     assert judge.result()["segmentation_agreement"] < right["segmentation_agreement"] - 0.05

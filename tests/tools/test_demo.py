@@ -3,18 +3,15 @@
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vqgan_jax.images import save_png
-from vqgan_jax.tools import demo
+from vqgan_jax.tools import demo, steps
 from vqgan_jax.train.loop import PREEMPTED
 
 
@@ -29,7 +26,7 @@ class FakeRunner:
         if len(self.calls) == self.fail:
             return self.code
         flags = dict(arg.removeprefix("--").partition("=")[::2] for arg in argv[2:])
-        place = Path(demo.ROOT, flags.get("out") or flags["workdir"])
+        place = Path(steps.ROOT, flags.get("out") or flags["workdir"])
         if argv[1].startswith("train"):
             name = "nll" if "transformer" in argv[1] else "quantizer_loss"
             place.mkdir(parents=True, exist_ok=True)
@@ -72,7 +69,7 @@ def test_the_recorded_commands_are_the_ones_that_ran(tmp_path):
     for entry, (argv, environment) in zip(log, run.calls, strict=True):
         words = shlex.split(entry["command"])
         variables = dict(word.split("=") for word in words[: words.index("python")])
-        assert variables.items() <= environment.items() and variables.keys() == demo.ENVIRONMENT.keys()
+        assert variables.items() <= environment.items() and variables.keys() == steps.ENVIRONMENT.keys()
         assert [sys.executable, *words[words.index("python") + 1 :]] == argv
 
 
@@ -86,7 +83,7 @@ def test_the_environment_of_the_user_wins(tmp_path, monkeypatch):
 
 def test_a_folder_inside_the_repository_is_named_from_its_root(monkeypatch, tmp_path):
     (tmp_path / "train_vqgan.py").touch()
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(steps, "ROOT", tmp_path)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     run = FakeRunner()
@@ -107,7 +104,7 @@ def test_a_failing_command_ends_the_demo_with_its_code_and_its_name(tmp_path, ca
 def test_stopped_and_started_again(tmp_path, capsys):
     """The time of both starts counts; the command that was stopped stands on the page once."""
     ticks = iter(range(0, 10_000, 7))
-    with pytest.raises(demo.ChildFailed, match=f"to go on: .* --out={tmp_path}") as stopped:
+    with pytest.raises(steps.ChildFailed, match=f"to go on: .* --out={tmp_path}") as stopped:
         demo.run_demo(tmp_path, run=FakeRunner(fail=2, code=PREEMPTED), clock=lambda: float(next(ticks)))
     assert stopped.value.code == PREEMPTED
     summary = demo.run_demo(tmp_path, run=FakeRunner(), clock=lambda: float(next(ticks)))
@@ -126,7 +123,7 @@ def test_a_picture_that_did_not_come_is_one_line(tmp_path, capsys, missing):
 def test_no_checkout_and_no_folder_are_one_line(tmp_path, capsys, monkeypatch):
     assert demo.main(["--out=/proc/none"], run=FakeRunner()) == 2
     assert "cannot be written" in capsys.readouterr().err
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(steps, "ROOT", tmp_path)
     assert demo.main([f"--out={tmp_path / 'x'}"], run=FakeRunner()) == 2
     assert "needs a clone" in capsys.readouterr().err
 
@@ -135,59 +132,17 @@ def test_the_scripts_and_their_flags_exist():
     """Each script knows the flags that the demo gives it; config overrides aside, which need the config."""
     for step in demo.STEPS:
         files = (step.args[0], "vqgan_jax/cli.py", "vqgan_jax/sampling/strategy_flags.py")
-        text = "".join((demo.ROOT / file).read_text() for file in files)
+        files += ("vqgan_jax/request/flags.py",)
+        text = "".join((steps.ROOT / file).read_text() for file in files)
         for arg in step.args[1:]:
             name, _, value = arg.removeprefix("--").partition("=")
             if name == "config":
-                assert (demo.ROOT / value).exists()
+                assert (steps.ROOT / value).exists()
             elif not name.startswith("config."):
                 assert f'("{name}"' in text or f'\n        "{name}"' in text, f"{step.args[0]} has no --{name}"
 
 
-def test_a_child_gives_its_code():
-    for code in (0, 5):
-        assert demo.run_child([sys.executable, "-c", f"raise SystemExit({code})"], os.environ) == code
-    killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    assert demo.run_child([sys.executable, "-c", killed], os.environ) == 128 + signal.SIGKILL
-
-
-def test_a_child_runs_at_the_root_with_its_environment(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code = f"import os; open({str(tmp_path / 'x')!r}, 'w').write(os.getcwd() + os.environ['GIVEN'])"
-    assert demo.run_child([sys.executable, "-c", code], {**os.environ, "GIVEN": "!"}) == 0
-    assert (tmp_path / "x").read_text() == f"{demo.ROOT}!"
-
-
-def test_a_child_may_save_when_the_demo_is_told_to_stop(tmp_path):
-    """SIGTERM is handed on, and the demo waits for the child's own end; its own handlers are then back."""
-    started, saved = tmp_path / "started", tmp_path / "saved"
-    child = f"""
-import signal, sys, time
-def stop(number, frame):
-    time.sleep(0.6)
-    open({str(saved)!r}, "w").close()
-    sys.exit({PREEMPTED})
-signal.signal(signal.SIGTERM, stop)
-open({str(started)!r}, "w").close()
-time.sleep(60)
-"""
-
-    def stop_once_started():
-        for _ in range(600):
-            if started.exists():
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-            time.sleep(0.05)
-
-    before = signal.getsignal(signal.SIGTERM)
-    thread = threading.Thread(target=stop_once_started)
-    thread.start()
-    code = demo.run_child([sys.executable, "-c", child], os.environ)
-    thread.join()
-    assert code == PREEMPTED and saved.exists() and signal.getsignal(signal.SIGTERM) is before
-
-
 def test_help_teaches():
     command = [sys.executable, "-m", "vqgan_jax.tools.demo", "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=demo.ROOT, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=steps.ROOT, check=True)
     assert "--out DIR" in result.stdout and "runs/demo" in result.stdout

@@ -75,9 +75,13 @@ def test_boxes_of_a_crop_are_drawn_where_they_are_seen():
 def test_depth_and_coords_are_cells_of_their_own():
     one = row()
     places = np.random.default_rng(0).random((224, 224, 2), np.float32)
-    drawn = show.draw({"image": one["image"], "depth": one["depth"], "coords": places}, SHOWN)
+    edges = np.where(places[..., :1] > 0.8, np.float32(1), np.float32(-1))
+    others = {"depth": one["depth"], "coords": places, "edges": edges, "low_res": one["image"]}
+    drawn = show.draw({"image": one["image"]} | others, SHOWN)
     np.testing.assert_array_equal(drawn[:224, 226:450], drawing.depth(one["depth"]))
     np.testing.assert_array_equal(drawn[:224, 452:676], drawing.coords(places))
+    np.testing.assert_array_equal(drawn[:224, 678:902], to_uint8(edges).repeat(3, axis=-1))
+    np.testing.assert_array_equal(drawn[:224, 904:1128], to_uint8(one["image"]))
 
 
 def test_a_sheet_holds_every_row():
@@ -138,6 +142,10 @@ def test_unreadable_files_are_named(tmp_path, config, capsys):
         (
             dict(name="objects", kind="boxes", max_objects=3, vocab=100, classes=5, crop=True, flags=(), trim=True),
             ("image", "boxes", "box_classes", "box_flags", "crop_box"),
+        ),
+        (
+            dict(name="joint", b=dict(name="class", classes=8), a=dict(name="image", input_key="edges")),
+            ("image", "edges", "label"),
         ),
     ],
 )

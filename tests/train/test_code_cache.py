@@ -52,13 +52,14 @@ CONDITIONS = {
     "none": dict(name="none"),
     "depth": dict(name="image", input_key="depth"),
     "coordinates": dict(name="coordinates", codes=64, factor=4, scheme="joint"),
+    "joint": dict(name="joint", kind=dict(name="class", classes=8), map=dict(name="image", input_key="depth")),
     "objects": dict(name="objects", kind="boxes", max_objects=6, vocab=128, classes=8, crop=False, flags=(), trim=True),
 }
 
 
 def make_config(folder: Path, condition: str = "class", **data) -> ConfigDict:
     """A transformer on 8x8 codes of scenes of 32 pixels; `data` changes fields of config.data."""
-    config = finetune.get_config(str(folder / ("depth" if condition == "depth" else "class")))
+    config = finetune.get_config(str(folder / ("depth" if condition in ("depth", "joint") else "class")))
     config.model.condition = ConfigDict(CONDITIONS[condition])
     config.init_from, config.seed, config.batch_size = "", 3, 8
     config.model.grid = (8, 8)
@@ -93,12 +94,13 @@ def direct(model, stages, rows: list[dict]) -> dict[str, np.ndarray]:
     made = {
         "codes/image": tokenizer.encode(stages.frozen["first_stage"], model_input(tokenizer.config, batch)),
     }
-    if isinstance(model.condition, conditioning.EncodedImage):
-        made[model.condition.codes_key] = model.condition.tokens(stages.frozen, batch).reshape(-1, 8, 8)
+    for part in model.condition.parts:
+        if isinstance(part, conditioning.EncodedImage):
+            made[part.codes_key] = part.tokens(stages.frozen, batch).reshape(-1, 8, 8)
     return jax.tree.map(np.asarray, made)
 
 
-@pytest.mark.parametrize("condition", ["class", "depth"])
+@pytest.mark.parametrize("condition", ["class", "joint"])
 def test_codes_are_those_of_the_pictures_in_their_order_and_of_their_mirror_images(folder, tmp_path, condition):
     config = make_config(folder, condition)
     encode(config, str(tmp_path / "out"), views="center_flip", batch=8)
@@ -111,7 +113,7 @@ def test_codes_are_those_of_the_pictures_in_their_order_and_of_their_mirror_imag
         for view, wanted in enumerate((rows, mirrored) if split == "train" else (rows,)):
             for key, ids in direct(model, stages, wanted).items():
                 np.testing.assert_array_equal(np.stack([example[key][view] for example in found]), ids)
-        if condition == "class":
+        if "label" in model.condition.keys:
             assert [list(example["label"]) for example in found] == [
                 [row["label"]] * (2 if split == "train" else 1) for row in rows
             ]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.test_checkpoints import abstract, assert_same, flip, make_state, open_checkpoints, save_steps
-from tests.train.test_loop import assert_equal_runs, run, toy_process
+from tests.train.test_loop import assert_equal_runs, run, toy_pair, toy_process
 from vqgan_jax import storage
 from vqgan_jax.config import UserError
 from vqgan_jax.train.checkpoints import load
@@ -47,6 +47,30 @@ def test_twenty_kills_at_random_moments(tmp_path):
     train_long(tmp_path / "killed")
     train_long(tmp_path / "whole")
     assert_equal_runs(tmp_path / "killed", tmp_path / "whole", total=LONG)
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_is_killed_five_times(tmp_path):
+    """The other leaves with a message, and in a bounded time; the rerun goes on from the last whole checkpoint."""
+    random_moment, steps = random.Random(1), "200,8"
+    for kill in range(5):
+        pair = toy_pair(tmp_path / "killed", STEPS=steps)
+        while "step " not in (line := pair[0].stdout.readline()):
+            assert line, pair[0].stderr.read()
+        time.sleep(random_moment.uniform(0.2, 1.2))
+        victim, survivor = pair[kill % 2], pair[1 - kill % 2]
+        victim.kill()
+        assert victim.wait(timeout=30) == -9, f"it ended by itself at kill {kill}"
+        _, error = survivor.communicate(timeout=150)  # 100 s where it waits for the other to commit a checkpoint
+        assert survivor.returncode in (134, -6), error  # JAX's own abort is quicker at times where host 0 is gone
+        assert ("lost another one" in error or "another task died" in error) and "Traceback" not in error
+        victim.communicate(timeout=30)
+    assert 0 < load(tmp_path / "killed" / "checkpoints")[1]["step"] < 200
+    for name in ("killed", "whole"):
+        pair = toy_pair(tmp_path / name, STEPS=steps)
+        outputs = [process.communicate(timeout=120) for process in pair]
+        assert [process.returncode for process in pair] == [0, 0], outputs
+    assert_equal_runs(tmp_path / "killed", tmp_path / "whole", total=200)
 
 
 def test_a_flipped_byte_in_any_file_of_a_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog):

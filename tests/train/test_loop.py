@@ -21,7 +21,7 @@ from flax import struct
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vqgan_jax import storage
+from vqgan_jax import cli, storage
 from vqgan_jax.config import UserError
 from vqgan_jax.train import checkpoints as checkpoints_module
 from vqgan_jax.train import loop as loop_module
@@ -121,7 +121,7 @@ def run(workdir: Path, *, total=TOTAL, bad=(), hook=lambda step: None, budget=0,
 
 
 def logged(workdir: Path) -> list[dict]:
-    timed = ("time", "images/s", "step_seconds", "step_seconds_p99", "data_wait_seconds")
+    timed = ("time", "images/s", "step_seconds", "step_seconds_p99", "data_wait_seconds", "data_wait_share")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
@@ -363,6 +363,7 @@ def test_nonfinite_steps_are_counted_and_kept_over_a_resumption(tmp_path, capsys
     out = capsys.readouterr().out
     assert "step 3 was not finite (loss): the old state was kept (1 of 3 allowed)" in out
     assert {line["step"]: line["skipped"] for line in logged(tmp_path) if "skipped" in line} == {2: 0, 4: 2, 6: 2}
+    assert sorted(p.name for p in (tmp_path / "nonfinite").iterdir()) == ["step_00000003.npz", "step_00000004.npz"]
     with pytest.raises(UserError, match=r"step 10 was not finite \(loss\).*allows 3.*step_00000010.npz"):
         run(tmp_path, total=12, bad=(7, 9), budget=3)
     batch = np.load(tmp_path / "nonfinite" / "step_00000010.npz")
@@ -391,6 +392,14 @@ def toy_process(*args: str, script: str = __file__, **env: str) -> subprocess.Po
     return subprocess.Popen(
         command, env=os.environ | settings | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def toy_pair(workdir: Path, **env: str) -> list[subprocess.Popen]:
+    """Two processes that train the toy model together."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return [toy_process(str(workdir), "pair", RANK=str(rank), PORT=port, **env) for rank in (0, 1)]
 
 
 def test_sigterm_to_a_process(tmp_path, whole):
@@ -437,10 +446,7 @@ def test_killed_in_a_save_in_a_bucket(tmp_path, whole, bucket):
 
 def test_two_processes_stop_at_one_step(tmp_path):
     """SIGTERM to one process of two: both save the same step and leave with 42."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = [toy_process(str(tmp_path), "pair", RANK=str(rank), PORT=port) for rank in (0, 1)]
+    processes = toy_pair(tmp_path)
     while "step 4/" not in (line := processes[0].stdout.readline()):
         assert line or processes[0].poll() is None, processes[0].stderr.read()
     processes[1].send_signal(signal.SIGTERM)
@@ -500,7 +506,8 @@ def main(workdir: str, how: str) -> None:
         address = f"127.0.0.1:{os.environ['PORT']}"
         settings = dict(coordinator_bind_address=address, cluster_detection_method="deactivate")
         jax.distributed.initialize(address, 2, int(os.environ["RANK"]), **settings)
-        run_pair(Path(workdir))
+        with cli.leave_with_others():
+            run_pair(Path(workdir))
     else:
         sabotage(how)
         run(storage.path(workdir))
@@ -518,19 +525,25 @@ def run_pair(workdir: Path) -> None:
             x = np.asarray(batch["x"])
             return {"x": jax.make_array_from_callback(x.shape, rows, lambda index: x[index])}
 
-    state = jax.jit(initial, out_shardings=everywhere)()
+    born = jax.jit(initial, out_shardings=everywhere)
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(initial)
+    )
+    total, save = (int(n) for n in os.environ.get("STEPS", "400,50").split(","))
     with Checkpoints(workdir / "checkpoints", keep_last=2, keep_best=0) as checkpoints:
-        with open_writer(workdir, resume_step=0) as writer:
+        restored = checkpoints.restore(wanted)
+        state, start = (born(), 0) if restored is None else (restored[0], restored[1]["step"])
+        with open_writer(workdir, resume_step=start) as writer:
             train(
                 state,
                 step_fn=jax.jit(step_fn, donate_argnums=0, out_shardings=everywhere),
-                batches=Sharded(0),
-                schedule=Schedule(total=400, log=2, evaluate=0, save=50, images=0),
+                batches=Sharded(start),
+                schedule=Schedule(total=total, log=2, evaluate=0, save=save, images=0),
                 checkpoints=checkpoints,
                 writer=writer,
                 record={},
-                start_step=0,
-                start_examples=0,
+                start_step=start,
+                start_examples=8 * start,
                 workdir=workdir,
                 nonfinite_budget=0,
                 examples_per_step=8,

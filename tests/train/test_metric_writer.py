@@ -185,6 +185,56 @@ def test_hands_on_to_clu_where_it_imports(tmp_path, monkeypatch, caplog):
     assert [line["loss"] for line in json_lines(tmp_path)] == [2.0, 3.0]
 
 
+class FakeServer(types.ModuleType):
+    """W&B as far as a run shows: rows by step, which never go back, kept over restarts of the same id."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs, self.Image = {}, lambda picture: picture.shape
+
+    def init(self, *, id, resume, **said):
+        assert resume == "allow"
+        server, rows = self, self.runs.get(id)
+        self.runs.setdefault(id, {})
+        self.said = said
+
+        class Run:
+            resumed = rows is not None
+            step = max(rows, default=-1) + 1 if rows is not None else 0
+
+            def log(self, values, step):
+                assert step >= max(server.runs[id], default=0), "W&B drops such a row with a warning"
+                server.runs[id].setdefault(step, []).append(values)
+
+            def finish(self):
+                server.runs[id].setdefault(max(server.runs[id], default=0), [])
+
+        return Run()
+
+
+def test_one_run_of_wandb_a_workdir_without_gap_or_double(tmp_path, monkeypatch, caplog):
+    server = FakeServer()
+    monkeypatch.setitem(sys.modules, "wandb", server)
+    (tmp_path / "config.json").write_text('{"seed": 3}')
+    for start, stop in ((0, 7), (4, 9)):  # killed after step 6, goes on after the checkpoint of step 4
+        with open_writer(tmp_path, resume_step=start, wandb="team/scenes") as writer:
+            for step in range(start + 1, stop):
+                writer.write_scalars(step, {"loss": step / 2})
+                writer.write_scalars(step, {"val/psnr": step})
+    (rows,) = server.runs.values()
+    assert rows == {step: [{"loss": step / 2}, {"val/psnr": step}] for step in range(1, 9)}
+    assert (
+        server.said["entity"] == "team" and server.said["project"] == "scenes" and server.said["config"] == {"seed": 3}
+    )
+    with open_writer(tmp_path, resume_step=8, wandb="scenes") as writer:
+        writer.write_images(9, {"val/x": np.zeros((2, 4, 4, 3), np.uint8)})
+    assert rows[9] == [{"val/x": [(4, 4, 3)] * 2}] and server.said["entity"] is None
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with open_writer(tmp_path, resume_step=9, wandb="scenes") as writer:
+        writer.write_scalars(10, {"loss": 3.0})
+    assert "wandb does not import" in caplog.text and json_lines(tmp_path)[-1]["loss"] == 3.0
+
+
 def test_only_process_0_writes(tmp_path, monkeypatch):
     monkeypatch.setattr("jax.process_index", lambda: 1)
     with open_writer(tmp_path / "run", resume_step=0) as writer:

@@ -238,4 +238,6 @@ def _transformer_sections(model: ImageTransformer, stages: Mapping[str, Network]
                 "use_additional_parameters": set(FLAGS[1:]) <= set(c.flags),
             }
             data = {"data": {"params": {"train": {"params": described}}}}
+        case _:
+            raise UserError("--to=torch: the reference knows no model.condition like this one, such as several at once")
     return {"target": "taming.models.cond_transformer.Net2NetTransformer", "params": params}, data

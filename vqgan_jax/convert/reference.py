@@ -28,7 +28,7 @@ from vqgan_jax.convert.stream import Entry, write_safetensors
 from vqgan_jax.models.discriminators import DiscriminatorConfig, PatchGAN
 from vqgan_jax.models.quantizers import GumbelConfig
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
-from vqgan_jax.tokenizer import Tokenizer
+from vqgan_jax.tokenizer import Tokenizer, by_input_key
 from vqgan_jax.torch_files import TensorFile, open_tensors
 from vqgan_jax.train.portable import STAGE_ARRAYS, STAGE_RECORD
 from vqgan_jax.train.setup import CHECKPOINTS, COND_STAGE, FIRST_STAGE
@@ -248,13 +248,12 @@ class Checkpoint:
         shapes = self._under("transformer.")
         model = detect.transformer_model(shapes, settings, condition, first_model, self._prefix())
         where = f"{self.tensors.path}: model"
-        tokenizers = [
+        first, *cond = (
             Tokenizer(VQGAN(VQGANConfig.from_config(stages[name].record["config"]["model"], key=where)))
-            if name in stages
-            else None
             for name in (FIRST_STAGE, COND_STAGE)
-        ]
-        transformer = ImageTransformer(TransformerConfig.from_config(model, key=where), *tokenizers)
+            if name in stages
+        )
+        transformer = ImageTransformer(TransformerConfig.from_config(model, key=where), first, by_input_key(cond))
         self._check_layout(transformer, shapes["tok_emb.weight"][0])
         return {ROOT: Stage(self._record("transformer", model), transformer_slots(transformer)), **stages}
 

@@ -100,9 +100,10 @@ def decode_at_least(data: ConfigDict, split: str) -> int | None:
     if split != "train" or data.resize == NO_ANTIALIAS:
         return None
     # Twice what the crop needs, so that the filter that was asked for still does the last halving.
+    size = data.image_size if isinstance(data.image_size, int) else max(data.image_size)
     if data.crop == "random_resized":
-        return math.ceil(2 * data.image_size / math.sqrt(data.crop_scale[0]))
-    return 2 * (data.resize_to or data.image_size)
+        return math.ceil(2 * size / math.sqrt(data.crop_scale[0]))
+    return 2 * max(data.resize_to, size)
 
 
 def in_split(name: str, split: str, val_share: float) -> bool:

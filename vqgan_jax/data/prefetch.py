@@ -25,6 +25,7 @@ class DevicePrefetch(Iterator[Any]):
         self._ready: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self._free = threading.Semaphore(size)
         self._end: BaseException | None = None
+        self._peeked: list[Any] = []
         stop = threading.Event()
         # The thread must not hold `self`, or an abandoned prefetch would never be collected.
         thread = threading.Thread(
@@ -38,6 +39,8 @@ class DevicePrefetch(Iterator[Any]):
         """The next batch on the device. Raises what reading or putting it raised, and again on every later call."""
         if self._end is not None:
             raise self._end
+        if self._peeked:
+            return self._peeked.pop()
         start = time.perf_counter()
         batch, self._end = self._ready.get()
         self.wait_seconds = time.perf_counter() - start
@@ -46,12 +49,18 @@ class DevicePrefetch(Iterator[Any]):
         self._free.release()
         return batch
 
+    def peek(self) -> Any:
+        """The next batch, which the next `next` gives again."""
+        self._peeked.append(next(self))
+        return self._peeked[-1]
+
     def close(self) -> None:
         """Stops the thread, drops what it prepared, and closes the iterator it read from, where that can be closed."""
         self._finalize()
         if hasattr(self._batches, "close"):
             self._batches.close()
         self._end = self._end or StopIteration()
+        self._peeked = []
         self._ready = queue.SimpleQueue()
 
     def __enter__(self) -> "DevicePrefetch":

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vqgan_jax.data import scene_points
+
 
 class _Time(NamedTuple):
     """What sets a time of day, or the winter, apart besides its colours."""
@@ -319,6 +321,7 @@ def render(seed: int, index: int, height: int = 64, width: int = 64) -> dict:
         depth: float32 [h, w], 0 (at the viewer) to 1 (sky); ordered by distance, not metric.
         boxes: float32 [n, 4], x, y, width and height relative to the picture, around what is seen of each thing.
         box_classes: int32 [n] into BOX_CLASSES.
+        keypoints: float32 [n, 3], x, y and whether it is seen, see scene_points.py; keypoints_mirrored: int32 [n].
     """
     rng = np.random.Generator(np.random.PCG64([seed, index]))
     label = int(rng.integers(len(CLASSES)))
@@ -360,7 +363,7 @@ def render(seed: int, index: int, height: int = 64, width: int = 64) -> dict:
     _paint_meadow(canvas, colours, land, shore)
 
     stands = []
-    slots = max(2, round(4.5 * canvas.aspect))
+    slots = scene_points.slots(canvas.aspect)
     homestead = rng.integers(slots) if rng.random() < 0.7 else None
     for slot in range(slots):
         x = (slot + rng.uniform(0.25, 0.75)) / slots * canvas.aspect
@@ -393,4 +396,11 @@ def render(seed: int, index: int, height: int = 64, width: int = 64) -> dict:
         _paint_meadow(canvas, colours, land, bank)
 
     pixels = np.rint(np.clip(canvas.colour, 0, 1) * 255).astype(np.uint8)
-    return {"image": np.ascontiguousarray(pixels.transpose(1, 2, 0)), "label": label, **canvas.ground_truth()}
+    truth = canvas.ground_truth()
+    ridges = {"far_ridge": far, "near_ridge": near}
+    points = scene_points.of_scene(
+        truth["segmentation"], SEGMENTATION_CLASSES, orb=orb[:2], ridges=ridges, stands=stands, slots=slots
+    )
+    mirrored = scene_points.mirrored(slots)
+    image = np.ascontiguousarray(pixels.transpose(1, 2, 0))
+    return {"image": image, "label": label, **truth, "keypoints": points, "keypoints_mirrored": mirrored}

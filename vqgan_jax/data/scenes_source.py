@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from vqgan_jax.config import UserError
-from vqgan_jax.data import scenes
+from vqgan_jax.data import scene_points, scenes
 from vqgan_jax.data.source import Example
 from vqgan_jax.weights import cache_folder
 
@@ -27,12 +27,14 @@ _CHUNK = 64  # scenes a rendering task
 
 
 def open_scenes(data: ConfigDict, split: str) -> "ScenesSource":
-    """Opens the split "train" or "val" of the scenes that `config.data` describes."""
-    return ScenesSource(data[f"{split}_examples"], data.image_size, data.seed, split)
+    """Opens the split "train" or "val" of the scenes that `config.data` describes, in the size before a crop."""
+    size = data.image_size if isinstance(data.image_size, int) else max(data.image_size)
+    size = max(size, data.resize_to)
+    return ScenesSource(data[f"{split}_examples"], size, data.seed, split)
 
 
 class ScenesSource:
-    """`count` rendered landscapes [size, size, 3] with labels, segmentation, depth and boxes.
+    """`count` rendered landscapes [size, size, 3] with labels, segmentation, depth, boxes and key points.
 
     Training and validation scenes are disjoint index ranges of one seed. They are rendered once to memory-mapped files
     under `$VQGAN_JAX_CACHE` (or ~/.cache/vqgan_jax); where that cannot be written, or more than `CACHE_LIMIT` bytes
@@ -46,7 +48,11 @@ class ScenesSource:
     """
 
     classes = scenes.CLASSES
-    tables = {"segmentation": scenes.SEGMENTATION_CLASSES, "box_classes": scenes.BOX_CLASSES}
+    tables = {
+        "segmentation": scenes.SEGMENTATION_CLASSES,
+        "box_classes": scenes.BOX_CLASSES,
+        "keypoints": scene_points.names(scene_points.slots(aspect=1)),
+    }
 
     def __init__(self, count: int, size: int, seed: int, split: str):
         if not 0 < count <= VAL_START:
@@ -85,7 +91,8 @@ class ScenesSource:
         if self.count * self.size**2 * 8 > CACHE_LIMIT:  # image 3, segmentation 1, depth 4 bytes a pixel
             logging.info("scenes: too many to keep on disk, rendered while training")
             return None
-        renderer = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()[:12]
+        code = b"".join(Path(module.__file__).read_bytes() for module in (scenes, scene_points))
+        renderer = hashlib.sha256(code).hexdigest()[:12]
         root = cache_folder() / "scenes"
         folder = root / f"{renderer}-seed{self.seed}-{self.size}px-{split}-{self.count}"
         if folder.is_dir():
@@ -110,7 +117,8 @@ class ScenesSource:
     def _write_arrays(self, folder: Path) -> None:
         """Renders all scenes into one .npy file a key, boxes padded with class -1."""
         # Plain writes, not a writable memory map: a full disk is then an OSError and not a SIGBUS.
-        rows: dict[str, list[np.ndarray]] = {"label": [], "boxes": [], "box_classes": []}
+        keys = ("label", "boxes", "box_classes", "keypoints", "keypoints_mirrored")
+        rows: dict[str, list[np.ndarray]] = {key: [] for key in keys}
         files = {key: open(folder / f"{key}.npy", "wb") for key in ("image", "segmentation", "depth")}
         try:
             with tqdm(total=self.count, desc="rendering scenes", unit="image", disable=self.count < 512) as bar:
@@ -130,11 +138,13 @@ class ScenesSource:
         box_classes = np.full((self.count, most), -1, np.int32)
         for i, classes in enumerate(rows["box_classes"]):
             boxes[i, : len(classes)], box_classes[i, : len(classes)] = rows["boxes"][i], classes
-        for key, array in {
+        arrays = {
             "label": np.array(rows["label"], np.int32),
             "boxes": boxes,
             "box_classes": box_classes,
-        }.items():
+            **{key: np.stack(rows[key]) for key in ("keypoints", "keypoints_mirrored")},
+        }
+        for key, array in arrays.items():
             np.save(folder / f"{key}.npy", array)
 
     def _render_all(self) -> Iterator[Example]:

@@ -1,8 +1,8 @@
 """From a raw example to arrays of one size: resize, crop and flip, together on the image and all that describes it.
 
 One `View` (a rectangle of the source picture, perhaps mirrored) is drawn for each example, and every kind of data is
-sampled through it. The reference resizes without antialiasing and blends segmentation ids; the first is an option here
-(`bilinear_no_antialias`), the second is not.
+sampled through it; `size` is (height, width) in pixels, or the side of a square. The reference resizes without
+antialiasing and blends segmentation ids; the first is an option here (`bilinear_no_antialias`), the second is not.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from PIL import Image
 
 from vqgan_jax import drawing
 from vqgan_jax.config import UserError, choose, suggest
+from vqgan_jax.data import derived
 from vqgan_jax.data.source import Example
 from vqgan_jax.images import from_uint8
 
@@ -27,6 +28,7 @@ else:
     cv2.setNumThreads(1)  # the pipeline reads in threads of its own
 
 Array = np.ndarray
+Size = int | tuple[int, int]
 
 ANTIALIASED = {
     "box": Image.Resampling.BOX,
@@ -37,6 +39,11 @@ ANTIALIASED = {
 NO_ANTIALIAS = "bilinear_no_antialias"
 FILTERS = (*ANTIALIASED, NO_ANTIALIAS)
 CROPS = ("random", "center", "random_resized")
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else size
 
 
 class View(NamedTuple):
@@ -52,7 +59,7 @@ class View(NamedTuple):
 def choose_view(
     height: int,
     width: int,
-    size: int,
+    size: Size,
     crop: str,
     crop_scale: tuple[float, ...],
     flip: bool,
@@ -60,40 +67,43 @@ def choose_view(
     *,
     resize_to: int = 0,
 ) -> View:
-    """Draws the view of a picture [height, width] that becomes [size, size].
+    """Draws the view of a picture [height, width] that becomes one of `size`.
 
-    "random" and "center" are the crop that follows a resize of the short side to `resize_to` (0: to `size`): the corner
-    lies on the grid of the resized picture. "random_resized" takes a square whose area is a share, uniform in
-    `crop_scale`, of that of the largest square, anywhere in the picture. `flip` mirrors half of the pictures.
+    "random" and "center" are the crop that follows a resize, to where the picture just covers `size` and its short side
+    has at least `resize_to`: the corner lies on the grid of the resized picture. "random_resized" takes a rectangle of
+    the size's proportions whose area is a share, uniform in `crop_scale`, of that of the largest one, anywhere in the
+    picture. `flip` mirrors half of the pictures.
     """
+    h, w = sides(size)
     if crop == "random_resized":
-        side = max(1.0, min(height, width) * math.sqrt(rng.uniform(*crop_scale)))
-        x, y = rng.uniform(0, width - side), rng.uniform(0, height - side)
-        extent = side, side
+        scale = min(height / h, width / w) * math.sqrt(rng.uniform(*crop_scale))
+        extent = max(1.0, w * scale), max(1.0, h * scale)
+        x, y = rng.uniform(0, width - extent[0]), rng.uniform(0, height - extent[1])
     else:
-        short = min(height, width)
-        target = resize_to or size
-        resized_height, resized_width = (max(target, round(n * target / short)) for n in (height, width))
-        spare = resized_height - size, resized_width - size
+        asked = (h, height), (w, width), (resize_to, min(height, width))
+        target, of = max(asked, key=lambda pair: pair[0] / pair[1])
+        resized_height, resized_width = max(h, round(height * target / of)), max(w, round(width * target / of))
+        spare = resized_height - h, resized_width - w
         top, left = (int(rng.integers(n + 1)) for n in spare) if crop == "random" else (n // 2 for n in spare)
         x_scale, y_scale = width / resized_width, height / resized_height
         x, y = left * x_scale, top * y_scale
-        extent = size * x_scale, size * y_scale
+        extent = w * x_scale, h * y_scale
     return View(x, y, *extent, flip=bool(flip and rng.random() < 0.5))
 
 
-def sample_image(image: Array, view: View, size: int, resize: str) -> Array:
-    """uint8 [h, w, 3] seen through `view` as uint8 [size, size, 3]; `resize` is one of FILTERS."""
+def sample_image(image: Array, view: View, size: Size, resize: str) -> Array:
+    """uint8 [h, w, 3] seen through `view` as uint8 [*size, 3]; `resize` is one of FILTERS."""
     x, y, width, height, flip = view
-    if width == height == size and x == int(x) and y == int(y):  # nothing to resample
-        out = image[int(y) : int(y) + size, int(x) : int(x) + size]
+    h, w = sides(size)
+    if (height, width) == (h, w) and x == int(x) and y == int(y):  # nothing to resample
+        out = image[int(y) : int(y) + h, int(x) : int(x) + w]
     elif resize == NO_ANTIALIAS:
         out = _crop_of_resized(image, view, size) if cv2 else None
         if out is None:
             out = np.rint(_bilinear(image, view, size)).astype(np.uint8)
     else:
         corners = (x, y, min(x + width, image.shape[1]), min(y + height, image.shape[0]))
-        out = np.asarray(Image.fromarray(image).resize((size, size), ANTIALIASED[resize], box=corners))
+        out = np.asarray(Image.fromarray(image).resize((w, h), ANTIALIASED[resize], box=corners))
     return out[:, ::-1] if flip else out
 
 
@@ -105,22 +115,23 @@ def on_grid_of(view: View, height: int, width: int, other: Array) -> View:
     return View(view.x * x, view.y * y, view.width * x, view.height * y, view.flip)
 
 
-def sample_segmentation(segmentation: Array, view: View, size: int) -> Array:
-    """Integer ids [h, w] seen through `view` as int32 [size, size]: the nearest id, never a blend."""
+def sample_segmentation(segmentation: Array, view: View, size: Size) -> Array:
+    """Integer ids [h, w] seen through `view` as int32 of `size`: the nearest id, never a blend."""
+    spans = (view.y, view.height), (view.x, view.width)
     rows, columns = (
-        np.clip(np.floor(start + (np.arange(size) + 0.5) * extent / size).astype(np.intp), 0, n - 1)
-        for start, extent, n in zip((view.y, view.x), (view.height, view.width), segmentation.shape, strict=True)
+        np.clip(np.floor(start + (np.arange(m) + 0.5) * extent / m).astype(np.intp), 0, n - 1)
+        for (start, extent), n, m in zip(spans, segmentation.shape, sides(size), strict=True)
     )
     out = segmentation[rows[:, None], columns[None]].astype(np.int32)
     return out[:, ::-1] if view.flip else out
 
 
-def sample_depth(depth: Array, view: View, size: int) -> Array:
-    """Depth float32 [h, w] in [0, 1] seen through `view` as float32 [size, size, 1] in [-1, 1]."""
+def sample_depth(depth: Array, view: View, size: Size) -> Array:
+    """Depth float32 [h, w] in [0, 1] seen through `view` as float32 [*size, 1] in [-1, 1]."""
     x, y, width, height, flip = view
     corners = (x, y, min(x + width, depth.shape[1]), min(y + height, depth.shape[0]))
     picture = Image.fromarray(np.ascontiguousarray(depth, np.float32))
-    out = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box=corners))[..., None] * 2 - 1
+    out = np.asarray(picture.resize(sides(size)[::-1], Image.Resampling.BILINEAR, box=corners))[..., None] * 2 - 1
     return out[:, ::-1] if flip else out
 
 
@@ -160,11 +171,11 @@ def sample_keypoints(points: Array, mirrored: Array, view: View, height: int, wi
     return (moved[mirrored] if view.flip else moved).astype(np.float32)
 
 
-def sample_coords(view: View, height: int, width: int, size: int) -> Array:
-    """Where the view's pixels stand in the picture (mirrored where the view is): (y, x) in [0, 1], [size, size, 2]."""
+def sample_coords(view: View, height: int, width: int, size: Size) -> Array:
+    """Where the view's pixels stand in the picture (mirrored where the view is): (y, x) in [0, 1], [*size, 2]."""
     x, y, w, h = crop_box(view, height, width)
-    steps = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
-    return np.stack(np.meshgrid(y + steps * h, x + steps * w, indexing="ij"), axis=-1)
+    down, across = ((np.arange(n, dtype=np.float32) + np.float32(0.5)) / np.float32(n) for n in sides(size))
+    return np.stack(np.meshgrid(y + down * h, x + across * w, indexing="ij"), axis=-1)
 
 
 def crop_box(view: View, height: int, width: int) -> Array:
@@ -174,25 +185,26 @@ def crop_box(view: View, height: int, width: int) -> Array:
     return np.clip(box, 0, 1)
 
 
-def _crop_of_resized(image: Array, view: View, size: int) -> Array | None:
+def _crop_of_resized(image: Array, view: View, size: Size) -> Array | None:
     """`_bilinear` by OpenCV as uint8, within one level of it; None unless the view is a crop of the resized picture."""
-    ends, starts = [], []
-    for start, extent, n in zip((view.y, view.x), (view.height, view.width), image.shape[:2], strict=True):
-        end = round(size * n / extent)
+    ends, starts, (h, w) = [], [], sides(size)
+    for start, extent, n, m in ((view.y, view.height, image.shape[0], h), (view.x, view.width, image.shape[1], w)):
+        end = round(m * n / extent)
         offset = round(start * end / n)
-        if abs(size * n / end - extent) > 1e-6 or abs(offset * n / end - start) > 1e-6:
+        if abs(m * n / end - extent) > 1e-6 or abs(offset * n / end - start) > 1e-6:
             return None
         ends.append(end)
         starts.append(offset)
     resized = cv2.resize(image, tuple(ends[::-1]), interpolation=cv2.INTER_LINEAR)
-    return resized[starts[0] : starts[0] + size, starts[1] : starts[1] + size]
+    return resized[starts[0] : starts[0] + h, starts[1] : starts[1] + w]
 
 
-def _bilinear(image: Array, view: View, size: int) -> Array:
-    """Bilinear samples at half-pixel centres without antialiasing, as OpenCV resizes: float32 [size, size, c]."""
+def _bilinear(image: Array, view: View, size: Size) -> Array:
+    """Bilinear samples at half-pixel centres without antialiasing, as OpenCV resizes: float32 [*size, c]."""
+    h, w = sides(size)
     (top, bottom, fy), (left, right, fx) = (
-        _neighbours(start + (np.arange(size) + 0.5) * extent / size - 0.5, n)
-        for start, extent, n in zip((view.y, view.x), (view.height, view.width), image.shape[:2], strict=True)
+        _neighbours(start + (np.arange(m) + 0.5) * extent / m - 0.5, n)
+        for start, extent, n, m in ((view.y, view.height, image.shape[0], h), (view.x, view.width, image.shape[1], w))
     )
     rows = image[top] * (1 - fy[:, None, None]) + image[bottom] * fy[:, None, None]
     return rows[:, left] * (1 - fx[:, None]) + rows[:, right] * fx[:, None]
@@ -210,7 +222,7 @@ class Transform:
 
     Fields:
       keys: the batch keys to make, of KEYS.
-      size: height and width of the result in pixels.
+      size: of the result.
       resize: the filter for images, one of FILTERS.
       crop: one of CROPS.
       crop_scale: (low, high) share of the area for "random_resized".
@@ -220,10 +232,11 @@ class Transform:
         from, mirrored as it is, and those that it touches stay.
       classes: number of labels.
       resize_to: what the short side is resized to before the crop; 0 is `size`.
+      low_res_factor: by how much `low_res` is coarser than the picture.
     """
 
     keys: tuple[str, ...]
-    size: int
+    size: Size
     resize: Literal["box", "bilinear", "bicubic", "lanczos", "bilinear_no_antialias"]
     crop: Literal["random", "center", "random_resized"]
     crop_scale: tuple[float, ...]
@@ -231,6 +244,7 @@ class Transform:
     max_boxes: int
     classes: int
     resize_to: int
+    low_res_factor: int
 
     def __post_init__(self):
         for key in self.keys:
@@ -241,7 +255,11 @@ class Transform:
             len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
         ):
             raise UserError(f"config.data.crop_scale: takes 0 < low <= high <= 1, got {self.crop_scale}")
-        if self.resize_to and self.resize_to < self.size:
+        if "low_res" in self.keys and not 1 <= self.low_res_factor <= min(sides(self.size)):
+            raise UserError(
+                f"config.data.low_res_factor: {self.low_res_factor}; it is 1 or more, and at most the picture's size"
+            )
+        if self.resize_to and self.resize_to < min(sides(self.size)):
             raise UserError(
                 f"config.data.resize_to: {self.resize_to} is less than config.data.image_size={self.size}, which is "
                 "cut out afterwards; 0 resizes to that"
@@ -252,7 +270,7 @@ class Transform:
         """The transform that `config.data` describes; with `train=False` the centre crop, never mirrored."""
         return cls(
             keys=tuple(keys),
-            size=data.image_size,
+            size=data.image_size if isinstance(data.image_size, int) else tuple(data.image_size),
             resize=data.resize,
             crop=data.crop if train else "center",
             crop_scale=tuple(data.crop_scale),
@@ -260,6 +278,7 @@ class Transform:
             max_boxes=data.max_boxes,
             classes=classes,
             resize_to=data.resize_to,
+            low_res_factor=data.low_res_factor,
         )
 
     def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Array]:
@@ -309,7 +328,14 @@ class Transform:
         points = _take(example, "keypoints")
         mirrored = example.get("keypoints_mirrored", np.arange(len(points)))
         moved = sample_keypoints(points, mirrored, view, *example["image"].shape[:2])
-        return from_uint8(drawing.keypoints(moved, self.size, self.size))
+        return from_uint8(drawing.keypoints(moved, *sides(self.size)))
+
+    def _edges(self, example: Example, view: View) -> Array:
+        return derived.canny_edges(sample_image(example["image"], view, self.size, self.resize))
+
+    def _low_res(self, example: Example, view: View) -> Array:
+        pixels = sample_image(example["image"], view, self.size, self.resize)
+        return from_uint8(derived.low_resolution(pixels, self.low_res_factor))
 
     def _coords(self, example: Example, view: View) -> Array:
         return sample_coords(view, *example["image"].shape[:2], self.size)
@@ -364,4 +390,6 @@ KEYS: dict[str, Callable[[Transform, Example, View], Array]] = {
     "crop_box": Transform._crop_box,
     "coords": Transform._coords,
     "keypoints": Transform._keypoints,
+    "edges": Transform._edges,
+    "low_res": Transform._low_res,
 }

@@ -17,6 +17,7 @@ from vqgan_jax.models.layers import (
     conv2d,
     pixel_shuffle,
 )
+from vqgan_jax.models.remat import remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,24 +52,32 @@ class AutoencoderConfig:
         """Whether attention blocks stand at `level` (0 = finest)."""
         return self.resolution // self.stem // 2**level in self.attention_resolutions
 
+    def score_bytes(self, batch: int, height: int, width: int) -> int:
+        """Bytes of the largest attention's scores in float32, for pictures of height x width codes."""
+        last = len(self.multipliers) - 1
+        sides = [2 ** (last - level) for level in range(last + 1) if self.has_attention(level)]
+        return 4 * batch * (height * width * max([*sides, int(self.mid_attention)]) ** 2) ** 2
+
 
 class Middle(nn.Module):
     """The lowest level's residual block, attention, residual block, in encoder and decoder alike."""
 
     config: AutoencoderConfig
     dtype: Dtype
-    block: type[nn.Module]
+    remat: str
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = self.block(x.shape[-1], self.config.dropout, self.dtype, name="block_1")(x, train)
+        block, attention = _kinds(self.remat)
+        x = block(x.shape[-1], self.config.dropout, self.dtype, name="block_1")(x, train)
         if self.config.mid_attention:
-            x = AttentionBlock(self.dtype, name="attention")(x)
-        return self.block(x.shape[-1], self.config.dropout, self.dtype, name="block_2")(x, train)
+            x = attention(self.dtype, name="attention")(x)
+        return block(x.shape[-1], self.config.dropout, self.dtype, name="block_2")(x, train)
 
 
-def _block(remat: bool) -> type[nn.Module]:
-    return nn.remat(ResnetBlock, static_argnums=(2,)) if remat else ResnetBlock
+def _kinds(name: str) -> tuple[type[nn.Module], type[nn.Module]]:
+    """Residual and attention block under the remat rule of that name."""
+    return remat(ResnetBlock, "block", name, static_argnums=(2,)), remat(AttentionBlock, "attention", name)
 
 
 class Encoder(nn.Module):
@@ -76,11 +85,11 @@ class Encoder(nn.Module):
 
     config: AutoencoderConfig
     dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: str = ""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        c, block = self.config, _block(self.remat)
+        c, (block, attention) = self.config, _kinds(self.remat)
         x = x.astype(self.dtype)
         if c.stem == 1:
             x = Conv(c.channels, dtype=self.dtype, name="conv_in")(x)
@@ -92,10 +101,10 @@ class Encoder(nn.Module):
                 width = c.channels * multiplier
                 x = block(width, c.dropout, self.dtype, name=f"level_{level}_block_{k}")(x, train)
                 if c.has_attention(level):
-                    x = AttentionBlock(self.dtype, name=f"level_{level}_attention_{k}")(x)
+                    x = attention(self.dtype, name=f"level_{level}_attention_{k}")(x)
             if level < len(c.multipliers) - 1:
                 x = Downsample(self.dtype, name=f"level_{level}_downsample")(x)
-        x = Middle(c, self.dtype, block, name="middle")(x, train)
+        x = Middle(c, self.dtype, self.remat, name="middle")(x, train)
         x = GroupNorm(self.dtype, swish=True, name="norm_out")(x)
         return Conv(c.z_channels, dtype=self.dtype, name="conv_out")(x)
 
@@ -105,19 +114,19 @@ class Decoder(nn.Module):
 
     config: AutoencoderConfig
     dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: str = ""
 
     @nn.compact
     def __call__(self, z: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
-        c, block = self.config, _block(self.remat)
+        c, (block, attention) = self.config, _kinds(self.remat)
         x = Conv(c.channels * c.multipliers[-1], dtype=self.dtype, name="conv_in")(z)
-        x = Middle(c, self.dtype, block, name="middle")(x, train)
+        x = Middle(c, self.dtype, self.remat, name="middle")(x, train)
         for level, multiplier in reversed(list(enumerate(c.multipliers))):
             for k in range(c.blocks + c.decoder_extra_blocks):
                 width = c.channels * multiplier
                 x = block(width, c.dropout, self.dtype, name=f"level_{level}_block_{k}")(x, train)
                 if c.has_attention(level):
-                    x = AttentionBlock(self.dtype, name=f"level_{level}_attention_{k}")(x)
+                    x = attention(self.dtype, name=f"level_{level}_attention_{k}")(x)
             if level:
                 x = Upsample(self.dtype, name=f"level_{level}_upsample")(x)
         features = GroupNorm(self.dtype, swish=True, name="norm_out")(x)

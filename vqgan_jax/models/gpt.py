@@ -4,9 +4,7 @@ Letters: b batch, t tokens, d width, n heads, k head dim, f MLP width, v vocabul
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,9 +12,9 @@ import jax.numpy as jnp
 from flax import struct
 from flax.typing import Dtype, Initializer
 
+from vqgan_jax.models.attention import Attend, attend_many, attend_one, attend_sequence, attention_mask
+from vqgan_jax.models.remat import remat
 from vqgan_jax.parallel import constrain, scan_unroll
-
-Attend = Literal["causal", "prefix", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,83 +56,23 @@ def init_cache(config: GPTConfig, batch: int, length: int, dtype: Dtype) -> Cach
     return Cache(one(), one(), jnp.zeros((), jnp.int32))
 
 
-def attention_mask(attend: Attend, prefix: int, queries: int, keys: int, offset: jax.Array | int = 0) -> jax.Array:
-    """Which keys a query sees: bool [queries, keys]. Query i stands at position offset + i, key j at position j."""
-    i, j = jnp.arange(queries)[:, None] + offset, jnp.arange(keys)[None]
-    if attend == "full":
-        return jnp.ones((queries, keys), bool)
-    mask = j <= i
-    return mask | ((i < prefix) & (j < prefix)) if attend == "prefix" else mask
-
-
-def attend_many(
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    mask: jax.Array,
-    *,
-    heads: int,
-    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
-) -> jax.Array:
-    """Attention of many tokens, [b, t, n*k] -> [b, t, n*k], softmax in float32; `mask` is bool [t, s]."""
-    b, t, d = query.shape
-    q, k, v = (a.reshape(b, -1, heads, d // heads) for a in (query, keys, values))
-    scores = jnp.einsum("btnk,bsnk->bnts", q, k, preferred_element_type=jnp.float32) * (d // heads) ** -0.5
-    weights = drop(jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(query.dtype))
-    return jnp.einsum("bnts,bsnk->btnk", weights, v).reshape(b, t, d)
-
-
-def attend_one(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array, heads: int) -> jax.Array:
-    """Attention of one token over a cache that stays folded, [b, n*k] -> [b, n*k].
-
-    Cutting heads out of the cache, as for many queries, copies it on accelerators: the TPU compiler then moves ten
-    times its bytes.
-
-    Args:
-      query: [b, n*k].
-      keys, values: [b, s, n*k].
-      seen: bool [s].
-      heads: n.
-    """
-
-    def by_heads(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> jax.Array:
-        return attend_many(query[:, None], keys, values, seen[None], heads=heads)[:, 0]
-
-    by_sum, by_matrix = (functools.partial(f, heads=heads) for f in (attend_by_sum, attend_by_matrix))
-    return jax.lax.platform_dependent(
-        query, keys, values, seen, tpu=by_matrix, cuda=by_sum, rocm=by_sum, default=by_heads
-    )
-
-
-def attend_by_matrix(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array, *, heads: int) -> jax.Array:
-    """`attend_one` where a head's dimensions are summed up, and spread over, by a matrix of zeros and ones."""
-    by_head = jnp.repeat(jnp.eye(heads, dtype=keys.dtype), query.shape[-1] // heads, axis=0)  # [n*k, n]
-    scores = jnp.einsum("bsd,dn->bsn", query[:, None] * keys, by_head, preferred_element_type=jnp.float32)
-    weights = _weigh(scores, query, seen).astype(keys.dtype)
-    weights = jnp.einsum("bsn,dn->bsd", weights, by_head, preferred_element_type=jnp.float32)
-    return (weights * values).sum(1).astype(query.dtype)
-
-
-def attend_by_sum(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array, *, heads: int) -> jax.Array:
-    """`attend_one` as sums over axes: what a GPU fuses into one pass over the keys and one over the values."""
-    q, k, v = (a.astype(jnp.float32).reshape(*a.shape[:-1], heads, -1) for a in (query, keys, values))
-    weights = _weigh((q[:, None] * k).sum(-1), query, seen)
-    return (weights[..., None] * v).sum(1).reshape(query.shape).astype(query.dtype)
-
-
-def _weigh(scores_bsn: jax.Array, query: jax.Array, seen: jax.Array) -> jax.Array:
-    scale = (query.shape[-1] // scores_bsn.shape[-1]) ** -0.5
-    return jax.nn.softmax(jnp.where(seen[:, None], scores_bsn * scale, -jnp.inf), axis=1)
-
-
 class Attention(nn.Module):
-    """Multi-head self-attention, [b, t, d] -> [b, t, d]; with a layer's cache (keys, values, length) if given."""
+    """Multi-head self-attention, [b, t, d] -> [b, t, d]; with a layer's cache (keys, values, length) if given. With
+    `at` [b], of that token alone, [b, 1, d]."""
 
     config: GPTConfig
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, attend: Attend, cache: Any, span: int | None, train: bool) -> tuple:
+    def __call__(
+        self,
+        x: jax.Array,
+        attend: Attend,
+        cache: Any,
+        span: int | None,
+        train: bool,
+        at: jax.Array | None = None,
+    ) -> tuple:
         c = self.config
         d, n = c.width, c.heads
         x_btd = x
@@ -144,15 +82,20 @@ class Attention(nn.Module):
             bias = self.param(f"{name}_bias", partitioned(_zeros, axes[1]), (d,))
             return inputs @ kernel.astype(self.dtype) + bias.astype(self.dtype)
 
-        query, key, value = (project(name, x_btd, ("width", "heads")) for name in ("query", "key", "value"))
+        asks = x_btd if at is None else token_at(x_btd, at)
+        inputs = {"query": asks, "key": x_btd, "value": x_btd}
+        query, key, value = (project(name, inputs[name], ("width", "heads")) for name in inputs)
         t = query.shape[1]
-        offset = 0
+        offset = 0 if at is None else at[:, None, None, None]
         if cache is not None:
             keys, values, offset = cache
             keys = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), offset, axis=1)
             values = jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), offset, axis=1)
             cache = (keys, values)
             key, value = (a[:, :span].astype(self.dtype) for a in (keys, values))
+        if cache is None and at is None and attend == "causal" and not (train and c.attention_dropout):
+            y_btd = attend_sequence(query, key, value, heads=n)
+            return project("out", y_btd, ("heads", "width")), cache
         mask = attention_mask(attend, c.prefix, t, key.shape[1], offset)
         if cache is not None and t == 1:
             y_btd = attend_one(query[:, 0], key, value, mask[0], n)[:, None]
@@ -163,29 +106,59 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)) with exact GELU."""
+    """x + attention(norm(x)), then x + MLP(norm(x)) with exact GELU; with `at` [b], of that token alone."""
 
     config: GPTConfig
     dtype: Dtype
+    remat: str = ""
 
     @nn.compact
-    def __call__(self, x: jax.Array, attend: Attend, cache: Any, span: int | None, train: bool) -> tuple:
+    def __call__(
+        self,
+        x: jax.Array,
+        attend: Attend,
+        cache: Any,
+        span: int | None,
+        train: bool,
+        at: jax.Array | None = None,
+    ) -> tuple:
         c = self.config
         d, f = c.width, 4 * c.width
         drop = nn.Dropout(c.residual_dropout, deterministic=not train)
         x = constrain(x, "batch", "length", "activation")
-        y, cache = Attention(c, self.dtype, name="attention")(
-            layer_norm(self.dtype, "norm1")(x), attend, cache, span, train
+        attention = remat(Attention, "attention", self.remat, static_argnums=(2, 4, 5))
+        y, cache = attention(c, self.dtype, name="attention")(
+            layer_norm(self.dtype, "norm1")(x), attend, cache, span, train, at
         )
-        x = x + drop(y)
+        x = (x if at is None else token_at(x, at)) + drop(y)
         y = layer_norm(self.dtype, "norm2")(x)
         up = self.param("mlp_up_kernel", partitioned(_normal, "width", "mlp"), (d, f))
         up_bias = self.param("mlp_up_bias", partitioned(_zeros, "mlp"), (f,))
         down = self.param("mlp_down_kernel", partitioned(_normal, "mlp", "width"), (f, d))
         down_bias = self.param("mlp_down_bias", partitioned(_zeros, "width"), (d,))
         y = nn.gelu(y @ up.astype(self.dtype) + up_bias.astype(self.dtype), approximate=False)
-        x = x + drop(y @ down.astype(self.dtype) + down_bias.astype(self.dtype))
+        x = x + drop(contract(y, down.astype(self.dtype)) + down_bias.astype(self.dtype))
         return constrain(x, "batch", "length", "activation"), cache
+
+
+def contract(x_btf: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[b, t, f] @ [f, d]. One row times a matrix that is taller than wide reads it on a CPU at 0.6 of the bandwidth, so
+    there it is done in four pieces, at 0.9."""
+    if x_btf.shape[:2] != (1, 1):
+        return x_btf @ kernel
+
+    def in_pieces(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        pieces = x.reshape(1, 1, 4, -1), kernel.reshape(4, -1, kernel.shape[1])
+        return jnp.einsum("btgf,gfd->gbtd", *pieces, preferred_element_type=jnp.float32).sum(0).astype(x.dtype)
+
+    return jax.lax.platform_dependent(
+        x_btf, kernel, tpu=jnp.matmul, cuda=jnp.matmul, rocm=jnp.matmul, default=in_pieces
+    )
+
+
+def token_at(x_btd: jax.Array, at: jax.Array) -> jax.Array:
+    """Of each row the token at its index: [b, t, d] and [b] to [b, 1, d]."""
+    return jnp.take_along_axis(x_btd, at[:, None, None], axis=1)
 
 
 _normal: Initializer = nn.initializers.normal(0.02)
@@ -218,7 +191,7 @@ class GPT(nn.Module):
 
     config: GPTConfig
     dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: str = ""  # what is computed again in the backward pass: models/remat.py
     scan_layers: bool = True
 
     @nn.compact
@@ -243,7 +216,7 @@ class GPT(nn.Module):
           cache: keys and values of the tokens before; only without scan_layers.
           span: static number of cache positions to attend over (all by default); must cover length + t.
           last: logits of the last so many tokens only (all by default).
-          at: logits of the token at this (traced) index only, one for all rows or one a row [b].
+          at: logits of the token at this (traced) index [b] of each row only; without scan_layers and cache.
           train: dropout on.
 
         Returns:
@@ -257,7 +230,9 @@ class GPT(nn.Module):
         if self.scan_layers:
             if cache is not None:
                 raise ValueError("a cache needs scan_layers=False: scanning layers copies the cache at every token")
-            block = nn.remat(Block, static_argnums=(2, 4, 5), prevent_cse=False) if self.remat else Block
+            if at is not None:
+                raise ValueError("at needs scan_layers=False: it makes the last layer another than those before")
+            block = remat(Block, "block", self.remat, static_argnums=(2, 4, 5), prevent_cse=False)
             stack = nn.scan(
                 block,
                 variable_axes={"params": 0},
@@ -267,20 +242,21 @@ class GPT(nn.Module):
                 unroll=scan_unroll(c.layers),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, _ = stack(c, self.dtype, name="blocks")(x, attend, None, None, train)
+            x, _ = stack(c, self.dtype, self.remat, name="blocks")(x, attend, None, None, train)
         else:
             keys, values = [], []
             for layer in range(c.layers):
                 past = None if cache is None else (cache.keys[layer], cache.values[layer], cache.length)
-                x, past = Block(c, self.dtype, name=f"block_{layer}")(x, attend, past, span, train)
+                # Of the last layer's tokens only those are computed that are asked for.
+                x, past = Block(c, self.dtype, name=f"block_{layer}")(
+                    x, attend, past, span, train, at if layer == c.layers - 1 else None
+                )
                 if past is not None:
                     keys.append(past[0])
                     values.append(past[1])
             if cache is not None:
                 cache = Cache(tuple(keys), tuple(values), cache.length + ids_bt.shape[1])
-        if at is not None:
-            x = jnp.take_along_axis(x, jnp.broadcast_to(at, x.shape[:1])[:, None, None], axis=1)
-        elif last is not None:
+        if last is not None:
             x = x[:, -last:]
         x = layer_norm(self.dtype, "norm_out")(x)
         head = self.param("head", partitioned(_normal, "width", "vocab"), (c.width, c.head_size))

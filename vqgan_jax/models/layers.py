@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
+from vqgan_jax.parallel import constrain
+
 Padding = tuple[tuple[int, int], tuple[int, int]]
 GROUPS, EPSILON = 32, 1e-6  # of GroupNorm
 
@@ -46,7 +48,7 @@ class Conv(nn.Module):
         y = conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, (self.padding, self.padding))
         if self.bias:
             y = y + self.param("bias", default, (self.features,)).astype(self.dtype)
-        return y
+        return constrain(y, "batch", None, None, None)  # else sharded kernels would shard the channels
 
 
 class ConvNorm(nn.Module):

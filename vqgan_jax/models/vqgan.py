@@ -49,11 +49,21 @@ class VQGANConfig:
 
 
 def model_input(config: VQGANConfig, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """What the VQGAN reconstructs: float32 [b, h, w, c]; a segmentation as one-hot labels."""
+    """What the VQGAN reconstructs: float32 [b, h, w, c]; a segmentation as one-hot labels. Of a numpy array a numpy
+    array, so that what is too large for the device stays on the host."""
     x = batch[config.input_key]
     if config.input_key == "segmentation":
-        return jax.nn.one_hot(x, config.autoencoder.in_channels)
+        xp = x.__array_namespace__()
+        return (x[..., None] == xp.arange(config.autoencoder.in_channels)).astype(xp.float32)
     return x
+
+
+def model_output(config: VQGANConfig, reconstruction: jax.Array) -> jax.Array:
+    """The inverse of `model_input`, in the form of the data: the likeliest labels int32 [b, h, w] of a segmentation's
+    scores, else float32 [b, h, w, c] in [-1, 1]."""
+    if config.input_key == "segmentation":
+        return reconstruction.argmax(-1).astype(jnp.int32)
+    return jnp.clip(reconstruction, -1, 1)
 
 
 @struct.dataclass
@@ -72,7 +82,7 @@ class VQGAN(nn.Module):
 
     config: VQGANConfig
     dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: str = ""  # models/remat.py
 
     def setup(self) -> None:
         c = self.config

@@ -8,11 +8,13 @@ it lies. Windows on an anti-diagonal do not see each other and run as one batch.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vqgan_jax.config import UserError
 from vqgan_jax.sampling.decoder import Apply, Cache
@@ -62,6 +64,14 @@ class Blocks:
                 kinds.setdefault(block, []).append((tops[a], lefts[b]))
             for block, windows in kinds.items():
                 yield windows, block
+
+    def drawn(self, batches: int) -> np.ndarray:
+        """Which tokens there are after so many batches: bool [H, W]."""
+        mask, (h, w) = np.zeros(self.grid, bool), self.window
+        for windows, _ in itertools.islice(self.batches(), batches):
+            for top, left in windows:
+                mask[top : top + h, left : left + w] = True
+        return mask
 
     @staticmethod
     def _known(starts: list[int], index: int, window: int) -> int:

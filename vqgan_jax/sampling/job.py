@@ -1,11 +1,13 @@
 """A folder of samples that a job fills by index: it may be killed at any time, and goes on where it was.
 
-Pictures are PNGs named by index; sampling.json says how they were made, so that no other settings mix in.
+Pictures are PNGs named by index; sampling.json says how they were made, so that no other settings mix in. Of pictures
+that take long the codes drawn so far are kept beside them.
 """
 
 import io
 import json
 import re
+import time
 import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,8 +23,9 @@ from PIL import Image
 from vqgan_jax import images, storage
 from vqgan_jax.config import UserError, differences
 
-RECORD, ARRAYS, SHEET = "sampling.json", "samples.npz", "grid.png"
+RECORD, ARRAYS, SHEET, GROWING = "sampling.json", "samples.npz", "grid.png", "growing"
 THREADS = 8
+KEEP_SECONDS = 20.0  # between two times that codes are kept
 _WAITING, _WAITING_BYTES = 512, 1 << 30  # pictures in memory at most, while the threads compress
 
 
@@ -48,17 +51,22 @@ class SampleFolder:
         self.done = {int(name[:-4]) for name in names if re.fullmatch(r"\d{6,}\.png", name)}
         recorded = json.loads(record.read_text()) if record.exists() else {}
         found = differences(settings, recorded)
-        others = bool(found and recorded and self.done)
+        self._begun = {int(name.partition(".")[0]) for name in names if re.fullmatch(r"\d{6,}\.begun\.npz", name)}
+        others = bool(found and recorded and self.done | self._begun)
         if multihost_utils.process_allgather(np.array(others)).any():  # before any host writes
             raise UserError(f"--out={folder}: holds samples of other settings: {'; '.join(found)}. Name another")
         if found:  # pictures without a record are nobody's
             self.done = set()
         if jax.process_index() == 0:
+            for index in self._begun if found else self._begun & self.done:
+                self._begun_path(index).unlink(missing_ok=True)
             for name in names:  # what a killed process was writing
                 if re.fullmatch(r"\.\d+\.tmp\..*", name):
                     (folder / name).unlink(missing_ok=True)
             if found:
                 storage.write_json(record, settings)
+        self._begun = set() if found else self._begun - self.done
+        self._kept = time.monotonic()
         multihost_utils.sync_global_devices("the folder of samples is open")
 
     def __enter__(self) -> "SampleFolder":
@@ -76,9 +84,39 @@ class SampleFolder:
         """The file of a picture."""
         return self._folder / f"{index:06d}.png"
 
+    def _begun_path(self, index: int) -> epath.Path:
+        return self._folder / f"{index:06d}.begun.npz"
+
+    def keep(self, indices: Iterable[int], ids: jax.Array, position: int) -> None:
+        """Saves the codes int32 [n, h, w] that pictures have at a position of their sampler, if it is time for that."""
+        if time.monotonic() - self._kept < KEEP_SECONDS:
+            return
+        for index, codes in zip(indices, np.asarray(ids), strict=False):  # rows that fill a batch up have no index
+            storage.save_npz(self._begun_path(index), ids=codes, position=position)
+            self._begun.add(int(index))
+        self._kept = time.monotonic()
+
+    def begun(self, indices: Iterable[int]) -> tuple[np.ndarray, int] | None:
+        """What a job that was stopped had drawn: codes int32 [n, h, w], and the position that all have reached; None
+        where one of them had not begun."""
+        if not set(indices) <= self._begun:
+            return None
+        kept = [storage.load_npz(self._begun_path(index)) for index in indices]
+        return np.stack([x["ids"] for x in kept]), min(int(x["position"]) for x in kept)
+
+    def show(self, indices: Iterable[int], pictures: np.ndarray, rows: int) -> None:
+        """Writes unfinished uint8 pictures [n, h, w, c], of which so many rows of codes are drawn."""
+        for index, picture in zip(indices, pictures, strict=False):
+            images.save_png(self._folder / GROWING / f"{index:06d}_{rows:04d}.png", picture)
+
+    def _finish(self, index: int, picture: np.ndarray) -> None:
+        images.save_png(self.path(index), picture)
+        if index in self._begun:
+            self._begun_path(index).unlink(missing_ok=True)
+
     def write(self, index: int, picture: np.ndarray) -> None:
         """Writes one uint8 picture in the background, whole or not at all; waits where too many are waiting."""
-        self._writing.append(self._threads.submit(images.save_png, self.path(index), picture))
+        self._writing.append(self._threads.submit(self._finish, index, picture))
         while len(self._writing) > min(_WAITING, max(THREADS, _WAITING_BYTES // picture.nbytes)):
             self._writing.popleft().result()
 

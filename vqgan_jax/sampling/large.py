@@ -11,26 +11,31 @@ import numpy as np
 
 from vqgan_jax.config import UserError
 from vqgan_jax.sampling.blocks import Blocks, fill_window
+from vqgan_jax.sampling.job import SampleFolder
 from vqgan_jax.sampling.sliding import Given, Wavefront, WindowLogits, advance
 from vqgan_jax.sampling.strategies import Strategy, interleave
 from vqgan_jax.transformer import ImageTransformer
 
 
 @dataclasses.dataclass(frozen=True)
-class Large:
+class LargeOptions:
     """How pictures beyond the trained size are made.
 
     Attributes:
       stride: of block windows in codes, see `blocks`; 0 for the exact window.
-      memory: bytes that decoding may use on each device; 0 for what there is.
+      memory: bytes that encoding and decoding may use on each device; 0 for what there is.
       tiles: decode in overlapping tiles, fast and approximate.
+      folder: keeps what is drawn of a picture, so that a job that was stopped goes on in its midst; None: nowhere.
+      every: the folder gets the picture as it is after so many more rows of codes; 0: not.
       progress: called with the share of a batch that is done.
-      announce: called with a line that says how pictures are decoded.
+      announce: called with a line that says how conditions are encoded and pictures decoded.
     """
 
     stride: int = 0
     memory: int = 0
     tiles: bool = False
+    folder: SampleFolder | None = None
+    every: int = 0
     progress: Callable[[float], None] = lambda share: None
     announce: Callable[[str], None] = lambda line: None
 
@@ -85,6 +90,7 @@ class LargeSampler:
         grid: tuple[int, int],
         *,
         centre: str = "upper",
+        serial: bool = False,
         stride: int = 0,
         multiple: int = 1,
     ):
@@ -94,6 +100,7 @@ class LargeSampler:
           model: the stage-2 model.
           grid: height and width in codes.
           centre: of the exact window, see `sliding.window_start`.
+          serial: of the exact window: one token after the other, as the reference; the same tokens, slowly.
           stride: 0 for the exact window; else codes by which block windows advance, see `blocks`.
           multiple: windows that run together are filled up to one of this.
 
@@ -107,8 +114,24 @@ class LargeSampler:
         self.model, self.grid, self._multiple = model, grid, multiple
         self.tokens = grid[0] * grid[1]
         self._blocks = Blocks(grid, model.config.grid, stride) if stride else None
-        self._wavefront = None if stride else Wavefront(grid, model.config.grid, centre, multiple=multiple)
+        self._wavefront = None if stride else Wavefront(grid, model.config.grid, centre, serial, multiple)
         self.total = self._wavefront.steps if self._wavefront else len(list(self._blocks.batches()))
+
+    def drawn(self, position: int) -> np.ndarray:
+        """Which tokens there are at a position: bool [H, W]."""
+        return (self._wavefront or self._blocks).drawn(position)
+
+    def rows(self, position: int) -> int:
+        """Rows that are drawn to their ends at a position."""
+        return int(self.drawn(position).all(1).cumprod().sum())
+
+    def whole(
+        self, params: Any, condition: jax.Array, keys: jax.Array, strategy: Strategy, given: Given | None = None
+    ) -> jax.Array:
+        """Every token at once, int32 [b, H, W]; arguments as of `__call__`."""
+        for ids, _ in self(params, condition, keys, strategy, given):  # noqa: B007  the last counts
+            pass
+        return ids
 
     def __call__(
         self,
@@ -118,8 +141,7 @@ class LargeSampler:
         strategy: Strategy,
         given: Given | None = None,
         *,
-        ids: jax.Array | None = None,
-        position: int = 0,
+        begun: tuple[jax.Array, int] | None = None,
     ) -> Iterator[tuple[jax.Array, int]]:
         """Yields the ids int32 [b, H, W] after each part, valid until the next is asked for, and the position reached.
 
@@ -129,16 +151,26 @@ class LargeSampler:
           keys: one a picture [b].
           strategy: how to draw.
           given: (ids, mask), both [b, H, W].
-          ids, position: where an earlier run stopped.
+          begun: what was yielded where an earlier run stopped.
         """
-        if ids is None:
-            ids = jnp.zeros((keys.shape[0], *self.grid), jnp.int32)
-        parts = self._steps() if self._wavefront else self._windows()
+        ids, position = begun or (jnp.zeros((keys.shape[0], *self.grid), jnp.int32), 0)
         run = self._advance if self._wavefront else self._fill
-        for last, part in parts:
+        for last, part in self._parts():
             if last > position:
                 ids = run(params, condition, keys, strategy, given, ids, *part)
                 yield ids, last
+
+    def programs(self) -> dict[Any, list[int]]:
+        """Parts that cost the same: where each begins, by what its program is compiled for and how long it runs."""
+        found, position = {}, 0
+        for last, part in self._parts():
+            kind = (part[1] - part[0], part[2]) if self._wavefront else (len(part[0]), part[2])
+            found.setdefault(kind, []).append(position)
+            position = last
+        return found
+
+    def _parts(self) -> Iterator[tuple[int, tuple]]:
+        return self._steps() if self._wavefront else self._windows()
 
     def _steps(self) -> Iterator[tuple[int, tuple[int, int, int]]]:
         """Parts of the wavefront: where they end, and what `_advance` takes."""

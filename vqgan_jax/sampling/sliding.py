@@ -90,14 +90,19 @@ class Wavefront:
         middle = min(h * w, (CENTRES[self.centre](h) + 1) * w)
         return np.maximum.accumulate(np.where(needed <= middle, middle, h * w))
 
-    def segments(self, most: int | None = None) -> Iterator[tuple[int, int, int]]:
+    def segments(self, most: int) -> Iterator[tuple[int, int, int]]:
         """All steps as (first, last + 1, tokens of a window that are looked at), at most `most` at a time."""
         first = 0
         while first < self.steps:
             same = int(np.searchsorted(self.needed, self.needed[first], side="right"))
-            last = same if most is None else min(same, first + most)
+            last = min(same, first + most)
             yield first, last, int(self.needed[first])
             first = last
+
+    def drawn(self, steps: int) -> np.ndarray:
+        """Which tokens there are after so many steps: bool [H, W]."""
+        i, j = np.indices(self.grid)
+        return i * self.lag + j < steps
 
 
 def advance(
@@ -151,17 +156,3 @@ def advance(
         return ids.at[:, jnp.where(drawn_here, i, height), j].set(drawn, mode="drop")
 
     return jax.lax.fori_loop(first, last, step, ids)
-
-
-def slide(
-    wavefront: Wavefront,
-    window_logits: WindowLogits,
-    keys: jax.Array,
-    strategy: Strategy,
-    given: Given | None = None,
-) -> jax.Array:
-    """Draws every token of the grid, in one program: int32 [b, H, W]. Arguments as of `advance`."""
-    ids = jnp.zeros((keys.shape[0], *wavefront.grid), jnp.int32)
-    for first, last, length in wavefront.segments():
-        ids = advance(wavefront, window_logits, ids, keys, strategy, first, last, length, given)
-    return ids

@@ -5,6 +5,8 @@ from absl import flags
 from vqgan_jax.config import UserError
 from vqgan_jax.sampling.strategies import RAMPS, Strategy
 
+flags.disclaim_key_flags()  # they are those of the script that defines them: its --help lists them
+
 
 def define_strategy_flags() -> None:
     """Defines them, each with its default."""

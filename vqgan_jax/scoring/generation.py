@@ -61,9 +61,17 @@ class Conditions:
         examples = [self._read(int(index) % len(self._data.val)) for index in indices]
         return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
-    def asked(self, key: str, indices: np.ndarray) -> np.ndarray:
-        """What the samples `indices` [n] were asked for under one key."""
-        return self.rows(self.labels[indices], indices)[key]
+    def asked(self, indices: np.ndarray) -> Mapping[str, np.ndarray]:
+        """What the samples `indices` [n] were asked for."""
+        return self.rows(self.labels[indices], indices)
+
+    @functools.cached_property
+    def classes(self) -> np.ndarray:
+        """The class that each sample is asked for, int32: its example's, where it is asked for more than a class."""
+        if set(self.keys) <= {"label"}:
+            return self.labels
+        examples = min(len(self.labels), len(self._data.val))
+        return np.resize(np.array([self._data.val[k]["label"] for k in range(examples)], np.int32), len(self.labels))
 
     def describe(self) -> str:
         """For the result's definition."""
@@ -118,7 +126,7 @@ class Generation:
         """`probabilities`, and what computes them."""
         if set(self.conditions.keys) != {"label"}:
             raise UserError("acceptance: rejection sampling asks a classifier, and this model is not class-conditional")
-        classes = self._trained.model.condition.vocab_size
+        classes = self._trained.model.condition.labels
         return judging.choose_classifier(*self._classifier, classes, lambda: self._small[0])
 
     def _judges(self) -> list[judging.Judge]:
@@ -126,8 +134,8 @@ class Generation:
             return []
         keys, found = self.conditions.keys, []
         if "label" in keys:
-            found.append(judging.ClassJudge(*self._small, self.conditions.labels))
-        return found + judging.condition_judges(keys, self._data, self.conditions.asked)
+            found.append(judging.ClassJudge(*self._small, self.conditions.classes))
+        return found + judging.condition_judges(keys, self._data, self.conditions.asked, self.count)
 
     @property
     def has_scores(self) -> bool:

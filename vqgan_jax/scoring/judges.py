@@ -3,8 +3,8 @@
 A judge has `add(pictures, indices)` and `result() -> figures`, of the samples of all hosts.
 """
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -25,6 +25,7 @@ from vqgan_jax.train import setup
 CLASSIFIER_IMAGES, CLASSIFIER_STEPS, HELD_OUT_IMAGES = 4096, 200, 512
 RESNETS = ("resnet101", "resnet50")
 SMALL = "small"  # trained here on the data set's own images
+Asked = Callable[[np.ndarray], conditional.Batch]  # indices [n] of samples -> what they were asked for, by batch key
 
 
 class Judge(Protocol):
@@ -35,6 +36,15 @@ class Judge(Protocol):
 
     def result(self) -> dict[str, Any]:
         """The figures, of the samples of all hosts. Called by all hosts."""
+
+
+def shuffled(count: int) -> np.ndarray:
+    """For each of `count` samples the number of another, whose condition is the baseline: what a sample shows of a
+    condition that it was not asked for."""
+    order = np.random.default_rng(0).permutation(count)
+    other = np.empty(count, int)
+    other[order] = np.roll(order, 1)  # never itself
+    return other
 
 
 def shown_to(judges: Sequence[Judge], images: Images) -> Images:
@@ -67,49 +77,55 @@ class ClassJudge:
     def __init__(self, classifier: Classifier, accuracy: float, labels: np.ndarray):
         """`accuracy`: the classifier's on held-out images, which bounds what can be expected; `labels` by index."""
         self._classifier, self._accuracy, self._labels = classifier, accuracy, labels
-        self._sums = np.zeros(2)
+        self._others = labels[shuffled(len(labels))]
+        self._sums = np.zeros(3)
 
     def add(self, pictures: np.ndarray, indices: np.ndarray) -> None:
         if len(pictures):
-            self._sums += (self._classifier.predict(pictures) == self._labels[indices]).sum(), len(pictures)
+            found = self._classifier.predict(pictures)
+            right, wrong = ((found == labels[indices]).sum() for labels in (self._labels, self._others))
+            self._sums += right, wrong, len(pictures)
 
     def result(self) -> dict[str, Any]:
-        right, count = gather(self._sums).sum(axis=0)
+        right, wrong, count = gather(self._sums).sum(axis=0)
         return {
             "class_agreement": float(right / count),
+            "class_agreement_shuffled": float(wrong / count),
             "classifier_accuracy": self._accuracy,
             "class_samples": int(count),
         }
 
 
 class ConditionJudge:
-    """How well the condition derived from a sample again agrees with the one asked for (evals/conditional.py)."""
+    """Whether samples show what they were asked for, by a check of evals/conditional.py."""
 
-    def __init__(
-        self,
-        key: str,
-        derive: conditional.Derive,
-        asked: Callable[[np.ndarray], np.ndarray],
-        real: Mapping[str, np.ndarray],
-    ):
-        """`asked`: indices [n] -> what was asked for; `real`: held-out pictures and their conditions, scored too: what
-        is attainable."""
-        self._key, self._derive, self._asked = key, derive, asked
-        measures = conditional.CHECKS[key](derive(real["image"])[key], real[key])
-        self._real = {f"{key}_{name}_real": float(values.mean()) for name, values in measures.items()}
-        self._names = sorted(measures)
-        self._sums = np.zeros(len(measures) + 1)  # and of the pictures
+    def __init__(self, key: str, check: conditional.Check, asked: Asked, count: int, real: conditional.Batch):
+        """`asked` says what each of `count` samples was asked for; `real`, held-out pictures and their conditions, are
+        scored too: what is attainable, where a check has to learn."""
+        self._key, self._check, self._asked = key, check, asked
+        self._other = shuffled(count)
+        self._real = {name: float(np.nanmean(values)) for name, values in check(real["image"], real).items()}
+        self._sums = np.zeros((len(self._real), 2, 2))  # by measure: what was asked for and another's; sum and count
 
     def add(self, pictures: np.ndarray, indices: np.ndarray) -> None:
         if not len(pictures):
             return
-        measures = conditional.CHECKS[self._key](self._derive(pictures)[self._key], self._asked(indices))
-        self._sums += [*(float(measures[name].sum()) for name in self._names), len(pictures)]
+        for k, chosen in enumerate((indices, self._other[indices])):
+            measures = self._check(pictures, self._asked(chosen))
+            for place, name in enumerate(self._real):
+                values = measures[name]
+                self._sums[place, k] += np.nansum(values), np.isfinite(values).sum()
 
     def result(self) -> dict[str, Any]:
-        *sums, count = gather(self._sums).sum(axis=0)
-        means = {f"{self._key}_{name}": value / count for name, value in zip(self._names, sums, strict=True)}
-        return {name: float(value) for name, value in means.items()} | self._real
+        """By KEY_MEASURE: of the samples, of real pictures, and of the samples against conditions of others."""
+        totals = gather(self._sums).sum(axis=0)
+        found = {}
+        for name, ((right, count), (wrong, others)) in zip(self._real, totals, strict=True):
+            figure = f"{self._key}_{name}"
+            found |= {figure: float(right / max(count, 1)), f"{figure}_shuffled": float(wrong / max(others, 1))}
+            if self._key in conditional.LEARNT:  # the others find in a real picture what was derived from it
+                found[f"{figure}_real"] = self._real[name]
+        return found
 
 
 class Kept:
@@ -138,28 +154,30 @@ class Kept:
         return pixels[place[indices[place] >= 0]].astype(np.uint8)
 
 
-def condition_judges(
-    keys: Iterable[str], data: setup.Data, asked: Callable[[str, np.ndarray], np.ndarray]
-) -> list[Judge]:
-    """A judge for each batch key of a condition that can be derived from a picture again.
+def condition_judges(keys: Iterable[str], data: setup.Data, asked: Asked, count: int) -> list[Judge]:
+    """A judge for each batch key of a condition that can be looked for in a picture.
 
     Args:
       keys: of the condition.
-      data: real pictures, from which segmentations by colour are learnt.
-      asked: (key, indices [n]) -> what was asked for, [n, ...].
+      data: real pictures, from which the checks learn; `val_transform` is a `Transform`.
+      asked: indices [n] -> what those samples were asked for, by batch key.
+      count: samples in all.
     """
+    there = data.val[0].keys()
     judges: list[Judge] = []
     for key in keys:
-        if key not in conditional.CHECKS:
-            continue
-        real = read_examples(data.val, data.val_transform, HELD_OUT_IMAGES)
+        learnt = conditional.LEARNT.get(key)
         if key in conditional.FROM_PICTURE:
-            derive = conditional.from_transform(data.val_transform, key)
+            derive = conditional.from_transform(dataclasses.replace(data.val_transform, keys=(key,), resize_to=0), key)
+            check, needed = conditional.check_of_picture(key, derive), (key,)
+        elif learnt is not None and there >= set(learnt.keys):
+            needed = learnt.keys
+            transform = dataclasses.replace(data.val_transform, keys=("image", *needed))
+            check = learnt.make(read_examples(data.train, transform, CLASSIFIER_IMAGES))
         else:
-            derive = conditional.ColourTable()
-            train = read_examples(data.train, data.val_transform, CLASSIFIER_IMAGES)
-            derive.add(train["image"], train[key])
-        judges.append(ConditionJudge(key, derive, functools.partial(asked, key), real))
+            continue
+        real = dataclasses.replace(data.val_transform, keys=("image", *needed))
+        judges.append(ConditionJudge(key, check, asked, count, read_examples(data.val, real, HELD_OUT_IMAGES)))
     return judges
 
 

@@ -15,7 +15,6 @@ from vqgan_jax.scoring import likelihood, memorisation, reconstruction, result, 
 from vqgan_jax.scoring.bench import Bench
 from vqgan_jax.scoring.generation import Generation
 from vqgan_jax.train import portable, setup
-from vqgan_jax.train.setup import COND_STAGE, FIRST_STAGE
 
 
 class ScoredVQGAN:
@@ -56,7 +55,7 @@ class ScoredTransformer:
         self.trained = pretrained.open_transformer(path, key="--workdir", step=step, dtype=setup.DTYPES[dtype])
         self.record, model = self.trained.record, self.trained.model
         keys = (model.first_stage.config.input_key, *model.condition.keys)
-        classes = model.condition.vocab_size
+        classes = model.condition.labels
         self.data = setup.open_data(config, keys, factor=model.first_stage.factor, classes=classes)
 
     def generation(self, samples: int, reference: str, settings: list[sweeps.Setting], **classifier: str) -> Generation:
@@ -113,7 +112,7 @@ class ScoredTransformer:
 
     def save(self, folder: epath.Path) -> None:
         """Writes the transformer, EMA parameters as the parameters, and its frozen stages."""
-        for name in (FIRST_STAGE, COND_STAGE):  # before the transformer, whose record says that the folder is whole
+        for name in self.trained.stages.digest:  # before the transformer, whose record says that the folder is whole
             if (self.path / name).is_dir() and not (folder / name / portable.STAGE_RECORD).exists():
                 stage = pretrained.load_trained(self.path / name, key="--workdir", kind="vqgan")
                 pretrained.write_stage(folder / name, stage, "generator")

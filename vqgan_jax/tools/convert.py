@@ -10,6 +10,7 @@ from vqgan_jax import pretrained, storage
 from vqgan_jax.config import UserError
 from vqgan_jax.convert import export, reference
 from vqgan_jax.convert.stream import write_safetensors
+from vqgan_jax.train import portable
 from vqgan_jax.train.setup import COND_STAGE, FIRST_STAGE
 
 USES = {
@@ -50,7 +51,7 @@ def export_workdir(workdir: str, out: str) -> None:
     path, target = storage.path(workdir), storage.path(out)
     if path.is_file():
         raise UserError(f"--checkpoint={workdir}: is a file; --to=torch takes a working directory or an imported one")
-    folders = {name: path / name for name in (FIRST_STAGE, COND_STAGE) if (path / name).exists()}
+    folders = {n: path / n for n in (FIRST_STAGE, COND_STAGE) if (path / n / portable.STAGE_RECORD).exists()}
     if folders:
         trained = pretrained.open_transformer(path, key="--checkpoint")
         stages = {name: _network(folder) for name, folder in folders.items()}

@@ -37,7 +37,7 @@ def encode(config: ConfigDict, out: str, *, views: str = encoding.CENTER, batch:
     model = ImageTransformer(TransformerConfig.from_config(config.model), stages.first, stages.cond, dtype)
     model.check_size(config.data.image_size)
     keys = (stages.first.config.input_key, *model.condition.keys)
-    data = setup.open_data(config, keys, factor=stages.first.factor, classes=model.condition.vocab_size)
+    data = setup.open_data(config, keys, factor=stages.first.factor, classes=model.condition.labels)
     encoding.write_codes(
         folder,
         encoding.describe(config, model, stages.digest, data, views),

@@ -130,18 +130,19 @@ def _last_scores(metrics: Mapping[str, Series]) -> dict[str, float]:
     return scores and {"step": max(int(steps[-1]) for steps, _ in metrics.values())} | scores
 
 
-def report(paths: Sequence[str], out: str = "", title: str = "") -> list[epath.Path]:
+def report(paths: Sequence[str], out: str = "", title: str = "", rows: tables.Rows | None = None) -> list[epath.Path]:
     """Writes what there is to write about `paths` and returns the files.
 
     Args:
       paths: workdirs and demo folders; of several, also results of evaluate.py, and anything else is passed over.
       out: the page; by default index.html in the one folder, or report.html where the several lie.
       title: the page's heading; by default the names.
+      rows: figures of several, for the tables and the page, in place of those of each of `paths`.
 
     Raises:
       UserError: nothing there to report on.
     """
-    if len(paths) == 1 and not paths[0].endswith(".json"):
+    if len(paths) == 1 and not paths[0].endswith(".json") and rows is None:
         page = storage.path(out) if out else storage.path(paths[0]) / "index.html"
         write_page(page, title=title or _name(storage.path(paths[0])), **gather(paths))
         return [page]
@@ -160,9 +161,11 @@ def report(paths: Sequence[str], out: str = "", title: str = "") -> list[epath.P
         print(f"passed over: {error}", file=sys.stderr)
     page = storage.path(out) if out else storage.path(paths[0]).parent / "report.html"
     found = gather(folders)
+    if rows is not None:
+        found["summary"] = {f"{run}/{name}": value for run, figures in rows.items() for name, value in figures.items()}
     write_page(page, title=title or ", ".join(_name(storage.path(path)) for path in folders + results), **found)
     files = [page]
-    rows = gather_rows([*folders, *results])
+    rows = gather_rows([*folders, *results]) if rows is None else rows
     for suffix, table in TABLES.items():
         files.append(page.with_suffix(suffix))
         storage.write_text(files[-1], table(rows))

@@ -12,22 +12,14 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from vqgan_jax import cli, drawing, storage
-from vqgan_jax.conditioning import (
-    ClassLabel,
-    ClassLabelConfig,
-    Coordinates,
-    CoordinatesConfig,
-    EncodedImageConfig,
-    Objects,
-    condition_config,
-)
+from vqgan_jax.conditioning import batch_keys, condition_config
 from vqgan_jax.config import UserError, choose
 from vqgan_jax.data.pipeline import evaluation, pipeline
 from vqgan_jax.data.source import CorruptExample, Source
 from vqgan_jax.data.sources import open_source
 from vqgan_jax.data.transforms import KEYS, Transform
 from vqgan_jax.images import grid, png_bytes, to_uint8
-from vqgan_jax.object_tokens import FLAGS, ObjectTokens
+from vqgan_jax.object_tokens import FLAGS
 
 Row = Mapping[str, np.ndarray]
 
@@ -51,20 +43,7 @@ def keys_of(config: ConfigDict) -> tuple[str, ...]:
     """
     if "condition" not in config.model:
         return tuple(dict.fromkeys(("image", config.model.input_key)))
-    return ("image", *_condition_keys(condition_config(config.model.condition, "config.model.condition")))
-
-
-def _condition_keys(condition: Any) -> tuple[str, ...]:
-    match condition:
-        case EncodedImageConfig(input_key):
-            return (input_key,)
-        case ClassLabelConfig():
-            return ClassLabel.keys
-        case CoordinatesConfig():
-            return Coordinates.keys
-        case ObjectTokens():
-            return Objects(condition).keys
-    return ()
+    return ("image", *batch_keys(condition_config(config.model.condition, "config.model.condition")))
 
 
 def draw(row: Row, shown: Shown) -> np.ndarray:
@@ -121,6 +100,14 @@ def _draw_depth(row: Row, picture: np.ndarray | None, shown: Shown) -> list[np.n
     return [_cell(drawing.depth(row["depth"]), "depth, bright is 1")]
 
 
+def _draw_edges(row: Row, picture: np.ndarray | None, shown: Shown) -> list[np.ndarray]:
+    return [_cell(drawing.picture("edges", row["edges"]), "edges")]
+
+
+def _draw_low_res(row: Row, picture: np.ndarray | None, shown: Shown) -> list[np.ndarray]:
+    return [_cell(drawing.picture("low_res", row["low_res"]), "low resolution")]
+
+
 def _draw_keypoints(row: Row, picture: np.ndarray | None, shown: Shown) -> list[np.ndarray]:
     drawn = to_uint8(row["keypoints"])
     cells = [_cell(drawn, "key points")]
@@ -141,9 +128,7 @@ def _draw_boxes(row: Row, picture: np.ndarray | None, shown: Shown) -> list[np.n
     caption = f"{int((classes >= 0).sum())} boxes"
     if "crop_box" in row:  # relative to the whole picture: brought to what is seen of it
         x, y, w, h = row["crop_box"]
-        low = np.clip((boxes[:, :2] - [x, y]) / [w, h], 0, 1)
-        high = np.clip((boxes[:, :2] + boxes[:, 2:] - [x, y]) / [w, h], 0, 1)
-        boxes = np.concatenate([low, high - low], axis=1)
+        boxes, classes = drawing.seen_boxes(boxes, classes, row["crop_box"])
         caption += f", crop x {x:.2f} y {y:.2f} w {w:.2f} h {h:.2f}"
     flags = ["+".join(name for bit, name in enumerate(FLAGS) if n >> bit & 1) for n in row.get("box_flags", ())]
     return [
@@ -154,6 +139,8 @@ def _draw_boxes(row: Row, picture: np.ndarray | None, shown: Shown) -> list[np.n
 _DRAWN = {
     "segmentation": _draw_segmentation,
     "depth": _draw_depth,
+    "edges": _draw_edges,
+    "low_res": _draw_low_res,
     "coords": _draw_coords,
     "keypoints": _draw_keypoints,
     "boxes": _draw_boxes,

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 Rows = Mapping[str, Mapping[str, Any]]  # run -> figure -> value
@@ -58,9 +58,12 @@ FIGURES = {
     ),
     "classifier_accuracy": Figure("Classifier accuracy", "%", "of that classifier, on held-out real images"),
     "segmentation_agreement": Figure("Segmentation agreement", "%", "pixels whose colour shows the label asked", "max"),
-    "segmentation_agreement_real": Figure("The same of real images", "%", "the most to expect of the line above"),
-    "low_res_psnr": Figure("Low-resolution PSNR", "dB", "the sample, reduced, against the picture asked for", "max"),
+    "depth_order": Figure("Depth order", "%", "pairs of pixels of a row, by colour, in the order asked", "max"),
     "edges_f1": Figure("Edge F1", "%", "edges of the sample against those asked for", "max"),
+    "edges_f1_near": Figure("Edge F1, within a pixel", "%", "the same where the next pixel is as good", "max"),
+    "low_res_psnr": Figure("Low-resolution PSNR", "dB", "the sample, reduced, against the picture asked for", "max"),
+    "keypoints_found": Figure("Key points found", "%", "points near which is what they stand for", "max"),
+    "boxes_found": Figure("Boxes found", "%", "boxes that hold enough of their class", "max"),
     "memorisation_closer": Figure(
         "Closer than held-out", "%", "samples nearer the training set than held-out images: 50 % is none, 100 % copies"
     ),
@@ -73,7 +76,20 @@ FIGURES = {
 }
 FIGURES |= {f"val_{name}": FIGURES[name] for name in ("codebook_usage", "codebook_perplexity")}
 FIGURES |= {f"val_{name}": FIGURES[name] for name in ("fid", "rfid")}
+_ASKED_FOR = ("class_agreement", "segmentation_agreement", "depth_order", "edges_f1", "edges_f1_near", "low_res_psnr")
+_ASKED_FOR += ("keypoints_found", "boxes_found")
 
+
+def _beside(figures: Mapping[str, Figure]) -> Iterator[tuple[str, Figure]]:
+    """The figures, and beside what is said of a condition what real images and other samples' conditions have."""
+    for name, figure in figures.items():
+        yield name, figure
+        if name in _ASKED_FOR:
+            yield f"{name}_shuffled", Figure(f"{figure.label}, shuffled", figure.unit, "with another's condition")
+            yield f"{name}_real", Figure(f"{figure.label}, real", figure.unit, "of real images: the most to expect")
+
+
+FIGURES = dict(_beside(FIGURES))
 
 # What a network's features tell: a figure without its preset, network, reference set and counts says nothing.
 BY_FEATURES = {"fid", "sfid", "is", "is_mean", "precision", "recall", "kid_mean", "rfid", "rsfid", "rfid_reference"}

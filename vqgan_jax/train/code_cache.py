@@ -13,7 +13,7 @@ from vqgan_jax.config import UserError
 from vqgan_jax.data import records
 from vqgan_jax.data.source import Example
 from vqgan_jax.train import encoding
-from vqgan_jax.train.setup import COND_STAGE, FIRST_STAGE, Data
+from vqgan_jax.train.setup import COND_STAGE, FIRST_STAGE, Data, cond_folders
 from vqgan_jax.transformer import ImageTransformer
 
 Tree = Any
@@ -106,19 +106,21 @@ def open_codes(folder: str | epath.Path, model: ImageTransformer, stages: Mappin
         kinds = ("what is seen", "the whole picture")
         theirs, ours = (kinds["crop_box" in names] for names in (manifest["keys"], keys))
         raise UserError(f"{where}: its boxes are relative to {theirs}, config.model.condition takes {ours}; {_AGAIN}")
-    named = {FIRST_STAGE: "config.vqgan"}
-    if encoding.encoded_condition(model):
-        named[COND_STAGE] = "config.cond_vqgan"
-    for stage, key in named.items():
-        theirs, ours = manifest["stages"][stage], stages[stage]
+    said = manifest["stages"]
+    made_by = [("config.vqgan", said[FIRST_STAGE], stages[FIRST_STAGE])]
+    for name, stage in cond_folders([part.key for part in encoding.encoded_parts(model)]).items():
+        # The codes may be those of more conditions than this model has, or of fewer.
+        theirs = said.get(f"{COND_STAGE}/{name}") or said[COND_STAGE]
+        made_by.append(("config.cond_vqgan", theirs, stages[stage]))
+    for key, theirs, ours in made_by:
         if theirs != ours:
             raise UserError(f"{where}: was made by another VQGAN ({theirs[:12]}) than {key} ({ours[:12]}); {_AGAIN}")
     if tuple(manifest["grid"]) != tuple(model.config.grid):
         theirs, ours = ("x".join(map(str, grid)) for grid in (manifest["grid"], model.config.grid))
         raise UserError(f"{where}: holds {theirs} codes a picture, config.model.grid is {ours}; set it, or {_AGAIN}")
-    if "label" in keys and len(train.classes) > model.condition.vocab_size:
+    if "label" in keys and len(train.classes) > model.condition.labels:
         raise UserError(
-            f"config.model.condition.classes: the model has {model.condition.vocab_size}, {where} has "
+            f"config.model.condition.classes: the model has {model.condition.labels}, {where} has "
             f"{len(train.classes)}; raise it"
         )
     return Data(train, val, ReadView(keys, draw=True), ReadView(keys, draw=False))

@@ -7,7 +7,7 @@ own on its own devices; a shard is a pure function of what the manifest says, so
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -71,21 +71,21 @@ def choose_views(views: str, data: Data) -> tuple[Transform, ...]:
     return (data.train_transform,) * int(views)
 
 
-def encoded_condition(model: ImageTransformer) -> EncodedImage | None:
-    """The model's condition where it has a VQGAN of its own."""
-    return model.condition if isinstance(model.condition, EncodedImage) else None
+def encoded_parts(model: ImageTransformer) -> tuple[EncodedImage, ...]:
+    """What of the model's condition has a VQGAN of its own."""
+    return tuple(part for part in model.condition.parts if isinstance(part, EncodedImage))
 
 
 def codebook_sizes(model: ImageTransformer) -> dict[str, int]:
     """The size of the codebook behind each key of codes."""
-    condition = encoded_condition(model)
-    sizes = {condition.codes_key: condition.vocab_size} if condition else {}
+    sizes = {part.codes_key: part.vocab_size for part in encoded_parts(model)}
     return {IMAGE_CODES: model.first_stage.codebook_size} | sizes
 
 
 def cached_keys(model: ImageTransformer) -> tuple[str, ...]:
     """The batch keys that stand for the pictures: the codes, and what a condition without a VQGAN is made of."""
-    return (*codebook_sizes(model), *(() if encoded_condition(model) else model.condition.keys))
+    others = (part for part in model.condition.parts if not isinstance(part, EncodedImage))
+    return (*codebook_sizes(model), *(key for part in others for key in part.keys))
 
 
 def describe(
@@ -247,6 +247,20 @@ def _split(folder: epath.Path, shards: list[_Shard], split: str) -> dict[str, An
     return {"count": sum(entry["count"] for entry in done), "shards": done}
 
 
+def make_encoder(model: ImageTransformer) -> Callable[[Tree, Mapping[str, jax.Array]], dict[str, jax.Array]]:
+    """The jitted `(frozen, batch of pictures) -> codes [b, h, w] by batch key`."""
+    parts = encoded_parts(model)
+
+    @jax.jit
+    def encode(frozen: Tree, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        made = {IMAGE_CODES: model.to_grid(model.codes(frozen, batch))}
+        for part in parts:
+            made[part.codes_key] = part.tokens(frozen, batch).reshape(-1, *part.grid)
+        return made
+
+    return encode
+
+
 class _Encoder:
     """Turns examples into records on the devices of this host."""
 
@@ -255,17 +269,8 @@ class _Encoder:
         self._frozen = parallel.put_tree(frozen, self._mesh)
         self._batch, self._threads, self._seed = batch, threads, seed
         self._dtypes = {key: np.min_scalar_type(size - 1) for key, size in codebook_sizes(model).items()}
-        condition = encoded_condition(model)
-        self._pictures = {model.first_stage.config.input_key, *(condition.keys if condition else ())}
-
-        @jax.jit
-        def step(frozen: Tree, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-            made = {IMAGE_CODES: model.to_grid(model.codes(frozen, batch))}
-            if condition is not None:
-                made[condition.codes_key] = condition.tokens(frozen, batch).reshape(-1, *condition.grid)
-            return made
-
-        self._step = step
+        self._pictures = {model.first_stage.config.input_key, *(part.key for part in encoded_parts(model))}
+        self._step = make_encoder(model)
 
     def encode(self, source: Any, views: AllViews, part: range, advance: Any) -> Iterator[Arrays]:
         """The records of the readable ones among the examples `part`, in order.

@@ -7,6 +7,7 @@ the metrics of n - 1 are read, and checkpoints are written in the background.
 import contextlib
 import dataclasses
 import datetime
+import functools
 import logging
 import math
 import os
@@ -31,6 +32,8 @@ from vqgan_jax.images import save_png
 from vqgan_jax.parallel import local_rows, say
 from vqgan_jax.train.checkpoints import Checkpoints
 from vqgan_jax.train.metric_writer import MetricWriter
+from vqgan_jax.train.speed import of_steps, utilisation
+from vqgan_jax.watchdog import Watchdog
 
 State = TypeVar("State")
 Batch = Mapping[str, jax.Array]
@@ -83,8 +86,10 @@ def train(
     score: Callable[[State, int], Mapping[str, float]] | None = None,
     draw: Callable[[State, int], Mapping[str, np.ndarray]] | None = None,
     units: Mapping[str, float] = MappingProxyType({}),
+    flops: Callable[[Batch], float] | None = None,
     headline: Sequence[str] = (),
     profile: tuple[int, int] | None = None,
+    watchdog: Watchdog | None = None,
 ) -> State:
     """Trains from `start_step` to `schedule.total` and returns the last state.
 
@@ -109,7 +114,9 @@ def train(
       score: the same on a schedule of its own, for what takes longer.
       draw: (state, step) -> pictures by name, uint8 [h, w, c].
       units: further rates, such as {"tokens/s": 2048}, by their amount a step.
+      flops: floating-point operations of a step with such a batch; logged as `mfu`, the share of the chips' peak.
       headline: metrics to show beside the progress; without them up to three whose names hold "loss".
+      watchdog: of this host; entered here, and told of every step.
       profile: (first, last): trace the steps between these two counts of completed steps with the JAX profiler.
 
     Raises:
@@ -125,6 +132,7 @@ def train(
     skipped = int(jax.device_get(getattr(state, "skipped", 0)))
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_StopRequest())
+        beat = stack.enter_context(watchdog).beat if watchdog else lambda *_, **__: None
         stack.callback(writer.flush)
         stack.callback(checkpoints.wait)
         stack.callback(batches.close)
@@ -142,6 +150,8 @@ def train(
             saving = fresh and schedule.save > 0 and (stopping or schedule.due(schedule.save, step))
             if evaluating or scoring or drawing or saving or stopping or step == schedule.total:
                 report.settle()  # a checkpoint of step s promises that the logs hold step s
+            if evaluating or scoring or drawing or saving:
+                beat(step, "evaluating, drawing or saving", timed=False)
             found = {**(evaluate(state, step) if evaluating else {}), **(score(state, step) if scoring else {})}
             scalars = {f"val/{name.removeprefix('val/')}": float(value) for name, value in found.items()}
             if scalars:
@@ -169,10 +179,14 @@ def train(
             if profile is not None and step == profile[1]:
                 report.settle()
                 trace.close()
+            beat(step, "waiting for data")
             batch = next(batches)
+            beat(step, "in a step")
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = step_fn(state, batch)
             step += 1
+            if flops is not None and step == start_step + 1:
+                report.rates |= utilisation(functools.partial(flops, batch))
             report.push(step, metrics, batch, batches.wait_seconds)
             checkpoints.poll()
     return state
@@ -186,12 +200,12 @@ class _Report:
         writer: MetricWriter,
         progress: "_Progress",
         schedule: Schedule,
-        rates: Mapping[str, float],
+        rates: dict[str, float],
         workdir: epath.Path,
         budget: int,
         skipped: int,
     ):
-        self._writer, self._progress, self._schedule, self._rates = writer, progress, schedule, rates
+        self._writer, self._progress, self._schedule, self.rates = writer, progress, schedule, rates
         self._workdir, self._budget, self._skipped = workdir, budget, skipped
         self._pending: tuple[int, Mapping[str, jax.Array], Batch, float] | None = None
         self._read_at: float | None = None  # None until the first step, which compiles, is over
@@ -218,7 +232,8 @@ class _Report:
             self._count_skipped(step, values, batch)
         logging_now = self._schedule.due(self._schedule.log, step)
         if logging_now:
-            values |= self._speed()
+            values |= of_steps(self.rates, self._seconds, self._waits)
+            self._seconds, self._waits = [], []
             self._writer.write_scalars(step, values)
         self._progress.advance(step, values, line=logging_now)
 
@@ -227,31 +242,21 @@ class _Report:
         if self._read_at is not None:
             self._read_at = time.perf_counter()
 
-    def _speed(self) -> dict[str, float]:
-        if not self._seconds:
-            return {}
-        mean = float(np.mean(self._seconds))
-        speed = {name: amount / mean for name, amount in self._rates.items()}
-        speed |= {"step_seconds": mean, "step_seconds_p99": float(np.percentile(self._seconds, 99))}
-        speed["data_wait_seconds"] = float(np.mean(self._waits))
-        self._seconds, self._waits = [], []
-        return speed
-
     def _count_skipped(self, step: int, values: dict[str, float], batch: Batch) -> None:
-        """Turns the flag `skipped` into the run's count; raises UserError, the batch dumped, when over the budget."""
+        """Turns the flag `skipped` into the run's count and dumps the batch; raises UserError when over the budget."""
         bad = values["skipped"] > 0
         self._skipped += bad
         values["skipped"] = float(self._skipped)
         if not bad:
             return
         terms = ", ".join(name for name, value in values.items() if not math.isfinite(value))
-        if self._skipped <= self._budget:
-            of_budget = f"{self._skipped} of {self._budget} allowed"
-            self._progress.say(f"step {step} was not finite ({terms}): the old state was kept ({of_budget})")
-            return
         suffix = "" if jax.process_count() == 1 else f"_host{jax.process_index()}"
         path = self._workdir / "nonfinite" / f"step_{step:08d}{suffix}.npz"
         storage.save_npz(path, **{name: local_rows(array) for name, array in batch.items()})
+        if self._skipped <= self._budget:
+            of_budget = f"{self._skipped} of {self._budget} allowed"
+            self._progress.say(f"step {step} was not finite ({terms}): the old state was kept ({of_budget}); {path}")
+            return
         raise UserError(
             f"step {step} was not finite ({terms}), and config.nonfinite_budget allows {self._budget} such steps: "
             f"its batch is in {path}"

@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go: metrics.jsonl, TensorBoard event files, and CLU where it imports.
+"""Where a run's numbers and pictures go: metrics.jsonl, TensorBoard event files, and CLU or W&B where they import.
 
 The methods carry the names of clu.metric_writers.MetricWriter, whose own writers need TensorFlow. A run that resumes at
 step N cuts its logs back to N, so that they read like those of a run that was never stopped.
@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -87,13 +88,16 @@ class MetricWriter:
             self.flush()
 
 
-def open_writer(workdir: str | os.PathLike, *, resume_step: int, hand_to_clu: bool = False) -> MetricWriter:
+def open_writer(
+    workdir: str | os.PathLike, *, resume_step: int, hand_to_clu: bool = False, wandb: str = ""
+) -> MetricWriter:
     """Opens the logs of a run and cuts them back to `resume_step`; on processes other than 0 a writer of nothing.
 
     Args:
       workdir: holds metrics.jsonl and tensorboard/ (and clu/).
       resume_step: completed steps of the restored checkpoint; what was logged after it is removed. 0 removes it all.
       hand_to_clu: also write through clu's default writer, where TensorFlow imports.
+      wandb: also write to this project of Weights & Biases, "project" or "entity/project", where wandb imports.
     """
     if jax.process_index() != 0:
         return MetricWriter(())
@@ -109,6 +113,11 @@ def open_writer(workdir: str | os.PathLike, *, resume_step: int, hand_to_clu: bo
             _logger.warning("clu.metric_writers does not import (%s): written to the other logs alone", error)
         else:
             sinks.append(metric_writers.create_default_writer(str(workdir / CLU), asynchronous=False))
+    if wandb:
+        try:
+            sinks.append(_WandB(workdir, wandb))
+        except ImportError as error:
+            _logger.warning("wandb does not import (%s): written to the other logs alone", error)
     return MetricWriter(sinks)
 
 
@@ -236,3 +245,43 @@ class _TensorBoard(_Silent):
     def _write(self, event: Any) -> None:
         event.wall_time = time.time()
         self._records.write(event.SerializeToString())
+
+
+class _WandB(_Silent):
+    """One run of Weights & Biases a workdir, which every start goes on with.
+
+    Its server never takes a step twice. A start that goes back to a checkpoint logs the very numbers that stand there
+    already, so they are left out.
+    """
+
+    def __init__(self, workdir: epath.Path, project: str):
+        import wandb
+
+        named = workdir / "run" / "wandb.txt"
+        if not named.exists():
+            storage.write_bytes(named, secrets.token_hex(8).encode())
+        entity, _, name = project.rpartition("/")
+        config = workdir / "config.json"
+        self._image = wandb.Image
+        self._run = wandb.init(
+            entity=entity or None,
+            project=name,
+            id=named.read_text(),
+            name=workdir.name,
+            resume="allow",
+            config=json.loads(config.read_text()) if config.exists() else {},
+        )
+        self._logged = self._run.step - 1 if self._run.resumed else -1
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._log(step, scalars)
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        self._log(step, {name: [self._image(picture) for picture in pictures] for name, pictures in images.items()})
+
+    def close(self) -> None:
+        self._run.finish()
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        if step > self._logged:
+            self._run.log(dict(values), step=step)

@@ -56,21 +56,23 @@ def git_state(root: Path) -> tuple[dict[str, Any] | str, bytes]:
     """The state of the source tree `root`.
 
     Returns:
-      ({"revision", "dirty", "diff_truncated"}, the diff against the revision, at most MAX_DIFF_BYTES of it), or
-      ("no git", b"") where `root` is not itself the top of a git tree with a commit.
+      ({"revision", "dirty", "diff_truncated"}, the diff against the revision, at most MAX_DIFF_BYTES of it). Where
+      `root` is not itself the top of a git tree with a commit, the revision that launch/Dockerfile was given, or
+      "no git", and b"".
     """
 
     def git(*args: str) -> bytes:
         command = ["git", "-C", str(root), *args]
         return subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
 
+    elsewhere = os.environ.get("VQGAN_JAX_REVISION") or "no git"
     try:
         if Path(git("rev-parse", "--show-toplevel").decode().strip()).resolve() != root.resolve():
-            return "no git", b""
+            return elsewhere, b""
         revision = git("rev-parse", "HEAD").decode().strip()
         dirty = bool(git("status", "--porcelain").strip())
         diff = git("diff", "HEAD", "--no-ext-diff")
     except (OSError, subprocess.SubprocessError):
-        return "no git", b""
+        return elsewhere, b""
     state = {"revision": revision, "dirty": dirty, "diff_truncated": len(diff) > MAX_DIFF_BYTES}
     return state, diff[:MAX_DIFF_BYTES]

@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vqgan_jax import parallel
+from vqgan_jax import parallel, watchdog
 from vqgan_jax.config import (
     FORMAT_VERSION,
     UserError,
@@ -29,14 +29,17 @@ from vqgan_jax.config import (
 from vqgan_jax.data.pipeline import Evaluation, evaluation, pipeline
 from vqgan_jax.data.prefetch import DevicePrefetch, prefetch_to_device
 from vqgan_jax.data.sources import Source, open_source
-from vqgan_jax.data.transforms import Transform
+from vqgan_jax.data.transforms import Transform, sides
+from vqgan_jax.models.remat import NAMES
 from vqgan_jax.train.checkpoints import Checkpoints
 from vqgan_jax.train.loop import Schedule
+from vqgan_jax.train.metric_writer import MetricWriter, open_writer
 from vqgan_jax.train.optimizers import OptimizerConfig
 from vqgan_jax.train.state import TrainState, Tree
+from vqgan_jax.watchdog import Watchdog
 
 CHECKPOINTS = "checkpoints"  # in a workdir
-FIRST_STAGE, COND_STAGE = "first_stage", "cond_stage"
+FIRST_STAGE, COND_STAGE = "first_stage", "cond_stage"  # in a stage-2 workdir
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -63,7 +66,7 @@ def open_data(config: ConfigDict, keys: Sequence[str], *, factor: int, classes: 
       UserError: nothing to read, a size that does not divide, more classes than the model has.
     """
     size = config.data.image_size
-    if size < 1 or size % factor:
+    if any(n < 1 or n % factor for n in sides(size)):
         raise UserError(f"config.data.image_size: {size} does not divide by the model's factor {factor}")
     train, val = open_source(config.data, "train"), open_source(config.data, "val")
     if "label" in keys and len(train.classes) > classes:
@@ -78,9 +81,20 @@ def open_data(config: ConfigDict, keys: Sequence[str], *, factor: int, classes: 
     return Data(train, val, *transforms)
 
 
+def cond_folders(keys: Sequence[str]) -> dict[str, str]:
+    """Where a stage-2 workdir keeps the VQGAN of each batch key that its condition encodes: one alone lies in
+    `cond_stage`, several in folders of it."""
+    return {key: COND_STAGE if len(keys) == 1 else f"{COND_STAGE}/{key}" for key in keys}
+
+
 def dtype_of(config: ConfigDict) -> Any:
     """The compute dtype that `config.dtype` names."""
     return choose("config.dtype", config.dtype, DTYPES)
+
+
+def remat_of(config: ConfigDict) -> str:
+    """The rule that `config.remat` names; the first versions knew False and True, for every block."""
+    return choose("config.remat", str(config.remat), {"False": "", "True": "block"} | {name: name for name in NAMES})
 
 
 class Durations:
@@ -115,7 +129,11 @@ class Durations:
 def training_batches(
     config: ConfigDict, mesh: Mesh, source: Source, transform: Callable[..., Any], start: int
 ) -> DevicePrefetch:
-    """Batches on the device, after `start` examples; a global batch is the same for any number of hosts."""
+    """Batches on the device, after `start` examples; a global batch is the same for any number of hosts.
+
+    Raises:
+      UserError: hosts that hold the same rows of the first batch read others.
+    """
     batch = config.batch_size
     loaded = pipeline(
         source,
@@ -128,7 +146,14 @@ def training_batches(
         processes=config.data.processes,
         max_corrupt_share=config.data.max_corrupt_share,
     )
-    return prefetch_to_device(loaded, lambda rows: parallel.put_batch(rows, mesh, batch))
+    batches = prefetch_to_device(loaded, lambda rows: parallel.put_batch(rows, mesh, batch))
+    if jax.process_count() > 1:
+        try:
+            parallel.check_hosts_agree(batches.peek(), mesh)
+        except BaseException:
+            batches.close()
+            raise
+    return batches
 
 
 def evaluation_batches(batch: int, mesh: Mesh, source: Source, transform: Callable[..., Any], limit: int) -> Evaluation:
@@ -158,6 +183,11 @@ def open_checkpoints(config: ConfigDict, workdir: epath.Path) -> Checkpoints:
     return Checkpoints(workdir / CHECKPOINTS, **config.checkpoint)
 
 
+def open_logs(config: ConfigDict, workdir: epath.Path, start: "Start") -> MetricWriter:
+    """The run's logs, cut back to where it starts."""
+    return open_writer(workdir, resume_step=start.step, hand_to_clu=config.hand_to_clu, wandb=config.wandb)
+
+
 def check_same_model(config: ConfigDict, workdir: epath.Path) -> None:
     """Raises UserError if the workdir holds checkpoints of another model. Only `config.model` decides."""
     recorded = workdir / "config.json"
@@ -168,6 +198,14 @@ def check_same_model(config: ConfigDict, workdir: epath.Path) -> None:
         raise UserError(
             f"--workdir={workdir}: holds another model: config.model.{'; '.join(found)}. Name another folder"
         )
+
+
+def open_watchdog(config: ConfigDict, workdir: epath.Path) -> Watchdog | None:
+    """What watches the loop on several hosts, by `config.watchdog_seconds`."""
+    if jax.process_count() == 1 or not config.watchdog_seconds:
+        return None
+    place = jax.process_index(), jax.process_count()
+    return Watchdog(workdir / watchdog.FOLDER, *place, config.watchdog_seconds)
 
 
 class Start(NamedTuple):
@@ -288,21 +326,21 @@ def _check_exclusion(prefix: str, names: Iterable[str], path: str) -> None:
 
 
 def jit_step(
-    step: Callable[..., Any], learning_rate: Callable[[jax.Array], jax.Array], state: TrainState, frozen: Tree
-) -> Callable[[TrainState, Any], Any]:
-    """The compiled `(state, batch) -> (state, metrics)` of a run, with `learning_rate` among the metrics.
+    step: Callable[..., Any], learning_rate: Callable[[jax.Array], jax.Array], state: TrainState
+) -> Callable[[TrainState, Any, Tree], Any]:
+    """The jitted `(state, batch, frozen) -> (state, metrics)` of a run, with `learning_rate` among the metrics.
 
-    The state is donated and keeps its shardings; `frozen` is an argument of the program, never a constant in it.
+    The state, which may be abstract, is donated and keeps its shardings.
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def compiled(state: TrainState, batch: Any, frozen: Tree) -> Any:
+    def train_step(state: TrainState, batch: Any, frozen: Tree) -> Any:
         rate = learning_rate(state.step)
         state, metrics = step(state, batch, frozen)
         return state, metrics | {"learning_rate": rate}
 
-    return lambda state, batch: compiled(state, batch, frozen)
+    return train_step
 
 
 def profile_range(config: ConfigDict) -> tuple[int, int] | None:

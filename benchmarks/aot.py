@@ -1,0 +1,76 @@
+"""What the paper's transformers take of slices of TPUs, by `vqgan_jax.tools.aot`: a Markdown table.
+
+    python -m benchmarks.aot --models=307M,1.4B --slices=v5e:2x4,v5e:8x8,v5e:16x16
+    python -m benchmarks.aot --models=307M,1.4B --slices=v5e:2x2,v5p:2x2x1,v6e:2x2 --what=sample
+
+Needs requirements-tpu.txt and no TPU. The train steps read cached codes; `fsdp` is 8 everywhere, and `data` the rest.
+What was compiled once is found again at once.
+"""
+
+import argparse
+
+from configs import paper_transformer, paper_vqgan
+from vqgan_jax.tools import aot
+
+MODELS = {"307M": "class_imagenet", "1.4B": "class_imagenet_big"}  # rows of configs/paper_transformer.py
+FSDP = 8
+NAMES = {
+    "train": (
+        "model",
+        "slice",
+        "chips",
+        "fsdp",
+        "remat",
+        "images a chip",
+        "GiB a chip",
+        "of",
+        "sent",
+        "ms",
+        "bound by",
+    ),
+    "sample": ("model", "slice", "images a chip", "GiB", "of", "s a batch", "bound by"),
+}
+MORE = ("images/s", "MFU at most")
+
+
+def row(model: str, topology: str, what: str, images: int, remat: str) -> list[str]:
+    """The cells of one line of the table."""
+    name = MODELS[model]
+    config = paper_transformer.get_config(name)
+    config.dtype, config.cache_codes, config.remat, config.mesh.fsdp = "bfloat16", True, remat, FSDP
+    first = paper_vqgan.get_config(paper_transformer.ROWS[name].first)
+    devices = aot.topologies.devices_of(topology)
+    config.batch_size = images * len(devices)
+    host = images * sum(device.process_index == devices[0].process_index for device in devices)
+    found = aot.report(config, topology, what=what, stages=[first.model], batch=host)
+    memory = [f"{found.get('taken_bytes', 0) / 2**30:.1f}", f"{found['memory_bytes'] / 2**30:.1f}"]
+    if not found["fits"]:
+        memory[0] = f"does not fit ({found['refused'] or memory[0]})"
+    cells = [model, topology] + ([str(found["chips"]), str(FSDP), remat or "no"] if what == "train" else [])
+    cells += [str(images), *memory]
+    if "seconds" not in found:
+        return cells
+    cells += [f"{aot.sent_share(found):.1%}", f"{1e3 * found['seconds']:.0f}"] if what == "train" else []
+    cells += [f"{found['seconds']:.2f}"] if what == "sample" else []
+    bound = max(found["roofline"], key=found["roofline"].get)
+    return [*cells, bound, f"{found['images_per_second']:.0f}", f"{found['mfu']:.0%}"]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.partition("\n")[0])
+    words = lambda text: text.split(",")  # noqa: E731
+    parser.add_argument("--models", type=words, default=["307M"], help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--slices", type=words, default=["v5e:2x4"])
+    parser.add_argument("--what", default="train", choices=("train", "sample"))
+    parser.add_argument("--images", type=int, default=16, help="a chip")
+    parser.add_argument("--remat", default="", help="see config.remat")
+    args = parser.parse_args()
+    rows = [row(m, s, args.what, args.images, args.remat) for m in args.models for s in args.slices]
+    names = (*NAMES[args.what], *MORE)
+    for cells in (names, ["---"] * len(names), *rows):
+        print("|", " | ".join(cells), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()

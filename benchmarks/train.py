@@ -1,0 +1,209 @@
+"""How fast both stages train, and how close that is to the machine: the real train steps on random data.
+
+    python -m benchmarks.train                                         (any machine: both stages, small, a minute)
+    python -m benchmarks.train --models=imagenet_f16_1024 --batches=8,16,32 --dtypes=bfloat16       (a GPU, a TPU)
+    python -m benchmarks.train --models=class_imagenet,class_imagenet_big --batches=8,32 --dtypes=bfloat16
+    python -m benchmarks.train --models=imagenet_f16_1024 --batches=1 --steps=3 --convolutions      (a CPU, minutes)
+
+Models are rows of configs/paper_vqgan.py and configs/paper_transformer.py (those of a class, on cached codes), with
+LPIPS, discriminator and EMA as the row has them and random weights. MFU counts matrix products and convolutions,
+without what remat computes again, against the chip's peak or, where that is not known, a large product of the same run.
+--convolutions times every convolution of the step alone: what is left if nothing else cost anything.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import paper_transformer, paper_vqgan
+from vqgan_jax import parallel
+from vqgan_jax.models.lpips import LPIPS
+from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
+from vqgan_jax.tokenizer import Tokenizer
+from vqgan_jax.train import roofline, setup
+from vqgan_jax.train.recipe import Recipe, transformer_recipe, uses_lpips, vqgan_recipe
+from vqgan_jax.transformer import ImageTransformer, TransformerConfig
+
+EXAMPLES = 1_281_167  # of ImageNet, for durations
+SMALL = ("cifar10", "class_imagenet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run's functions and what its step is called with, on the host; `tokens`: codes an image, 0 for stage 1."""
+
+    recipe: Callable[[str], Recipe]  # by remat
+    batch: dict[str, np.ndarray]
+    frozen: Any
+    tokens: int
+
+
+def make_job(name: str, batch: int, dtype: str, small: bool) -> tuple[ConfigDict, Job]:
+    """A row of the paper's configs with its adversarial loss on; `small` shrinks its model."""
+    stage = paper_vqgan if name in paper_vqgan.ROWS else paper_transformer
+    config = stage.get_config(name)
+    config.batch_size, config.dtype = batch, dtype
+    return config, (vqgan_job if stage is paper_vqgan else transformer_job)(config, name, small)
+
+
+def vqgan_job(config: ConfigDict, name: str, small: bool) -> Job:
+    """Stage 1."""
+    config.loss.adversarial_start, config.loss.adversarial_ramp = "0", "0"
+    if small:
+        config.model.autoencoder.channels, config.model.discriminator.channels = 32, 16
+    model = VQGAN(VQGANConfig.from_config(config.model), setup.dtype_of(config))
+    size, channels = config.data.image_size, config.model.autoencoder.in_channels
+    rng = np.random.default_rng(0)
+    batch = {model.config.input_key: rng.uniform(-1, 1, (config.batch_size, size, size, channels)).astype(np.float32)}
+    if model.config.input_key == "segmentation":
+        batch = {"segmentation": rng.integers(0, channels, (config.batch_size, size, size)).astype(np.int32)}
+    x = jnp.zeros((1, 64, 64, 3))
+    frozen = {"lpips": jax.jit(LPIPS().init)(jax.random.key(0), x, x)} if uses_lpips(config) else {}
+    durations = setup.Durations(config, EXAMPLES)
+    return Job(lambda remat: vqgan_recipe(config, model.clone(remat=remat), durations), batch, frozen, 0)
+
+
+def transformer_job(config: ConfigDict, name: str, small: bool) -> Job:
+    """Stage 2."""
+    if small:
+        shape = config.model.transformer
+        shape.layers, shape.heads, shape.width = 2, 4, 128
+    first = paper_vqgan.get_config(paper_transformer.ROWS[name].first).model
+    stage = Tokenizer(VQGAN(VQGANConfig.from_config(first)))
+    model = ImageTransformer(TransformerConfig.from_config(config.model), stage, dtype=setup.dtype_of(config))
+    if set(model.condition.keys) - {"label"}:
+        raise SystemExit(f"{name}: only transformers without condition, or of a class, need nothing but codes")
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, stage.codebook_size, (config.batch_size, *config.model.grid)).astype(np.int32)
+    labels = rng.integers(0, max(model.condition.vocab_size, 1), config.batch_size).astype(np.int32)
+    batch = {"codes/image": codes} | {key: labels for key in model.condition.keys}
+    durations = setup.Durations(config, EXAMPLES)
+    recipe = lambda remat: transformer_recipe(config, dataclasses.replace(model, remat=remat), durations)  # noqa: E731
+    return Job(recipe, batch, {}, len(model.order))
+
+
+def seconds_of_steps(compiled: Any, state: Any, batch: Any, frozen: Any, steps: int) -> list[float]:
+    """Seconds of each step after a first one, the metrics of each read once the next is dispatched, as in training."""
+    state, metrics = compiled(state, batch, frozen)
+    jax.block_until_ready(metrics)
+    seconds, start = [], time.perf_counter()
+    for _ in range(steps):
+        state, new = compiled(state, batch, frozen)
+        jax.device_get(metrics)
+        metrics = new
+        if len(seconds) + 1 == steps:
+            jax.block_until_ready(metrics)
+        now = time.perf_counter()
+        seconds.append(now - start)
+        start = now
+    if not all(math.isfinite(float(value)) for value in metrics.values()):
+        raise SystemExit("the step is not finite")
+    return seconds
+
+
+def memory_in_use(compiled: Any) -> int:
+    """Peak bytes on a device: as the device says, else as the compiler planned."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    memory = compiled.memory_analysis()
+    planned = parallel.device_bytes(compiled) - memory.alias_size_in_bytes
+    return stats.get("peak_bytes_in_use", planned)
+
+
+@functools.cache
+def peak_flops(dtype: str) -> tuple[float, str]:
+    """FLOPs a second of one device at best, and where the number is from."""
+    chip = roofline.chip_of(jax.devices()[0].device_kind)
+    if chip:
+        return chip.peak_flops, f"the peak of {chip.name}"
+    n = 2048
+    x = jnp.ones((n, n), dtype)
+    return 2 * n**3 / best(jax.jit(jnp.dot), x, x, repeats=5), f"a product of {n} x {n} matrices"
+
+
+def best(run: Callable[..., Any], *args: Any, repeats: int) -> float:
+    """Seconds of the fastest of several runs, after one that compiles."""
+    jax.block_until_ready(run(*args))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*args))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def convolution_seconds(jaxpr: Any, repeats: int) -> tuple[float, int]:
+    """Seconds of all convolutions of a step, each kind timed alone; and how many they are."""
+    kinds: dict[tuple[Any, ...], list[Any]] = {}
+    for equation, times in roofline.products(jaxpr):
+        if equation.primitive.name == "conv_general_dilated":
+            shapes = tuple((v.aval.shape, v.aval.dtype) for v in equation.invars)
+            kinds.setdefault((shapes, str(equation.params)), [equation, 0])[1] += times
+    total = 0.0
+    for (shapes, _), (equation, times) in kinds.items():
+        run = jax.jit(functools.partial(equation.primitive.bind, **equation.params))
+        inputs = [jnp.asarray(np.random.default_rng(0).standard_normal(shape), dtype) for shape, dtype in shapes]
+        total += times * best(run, *inputs, repeats=repeats)
+    return total, sum(times for _, times in kinds.values())
+
+
+def measure(name: str, batch: int, dtype: str, args: argparse.Namespace, small: bool) -> None:
+    """Prints one row."""
+    config, job = make_job(name, batch, dtype, small)
+    mesh = parallel.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        recipe = job.recipe(args.remat)
+        state = parallel.init_sharded(recipe.init, mesh, jax.random.key(0))
+        frozen = parallel.put_tree(job.frozen, mesh)
+        rows = parallel.put_batch(job.batch, mesh, batch)
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        step = jax.jit(recipe.step, donate_argnums=0, out_shardings=(shardings, None))
+        start = time.perf_counter()
+        compiled = step.lower(state, rows, frozen).compile()
+        compile_seconds = time.perf_counter() - start
+        jaxpr = roofline.trace_plain(job.recipe("").step, state, rows, frozen)
+        seconds = seconds_of_steps(compiled, state, rows, frozen, args.steps)
+    count, median = roofline.count_flops(jaxpr), float(np.median(seconds))
+    rate = count / median / mesh.size
+    cells = [
+        f"{name}{' (small)' if small else ''}", dtype, batch, args.remat or "no", f"{count / 1e9:.4g}",
+        f"{1e3 * median:.4g}", f"{1e3 * np.percentile(seconds, 99):.4g}", f"{batch / median:.4g}",
+        f"{job.tokens * batch / median:.4g}" if job.tokens else "", f"{100 * rate / peak_flops(dtype)[0]:.1f} %",
+        f"{memory_in_use(compiled) / 2**30:.2f}", f"{compile_seconds:.0f}",
+    ]  # fmt: skip
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
+    alone, number = convolution_seconds(jaxpr, repeats=2) if args.convolutions else (0.0, 0)
+    if number:
+        print(f"its {number} convolutions alone: {alone:.2f} s; the step takes {median / alone:.2f} times as long")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="", help="rows of the paper's configs; small ones by default")
+    parser.add_argument("--batches", default="8")
+    parser.add_argument("--dtypes", default="float32")
+    parser.add_argument("--remat", default="")
+    parser.add_argument("--steps", type=int, default=20, help="timed, after one that is not")
+    parser.add_argument("--convolutions", action="store_true", help="time each convolution of the step alone, too")
+    args = parser.parse_args()
+    devices = jax.devices()
+    print(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}; MFU is of", end=" ")
+    print(peak_flops(args.dtypes.split(",")[0])[1], end="\n\n")
+    print("| model | dtype | batch | remat | GFLOP | ms p50 | ms p99 | images/s | tokens/s | MFU | GiB | compile s |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    models = args.models.split(",") if args.models else SMALL
+    for name, batch, dtype in itertools.product(models, args.batches.split(","), args.dtypes.split(",")):
+        measure(name, int(batch), dtype, args, small=not args.models)
+
+
+if __name__ == "__main__":
+    main()

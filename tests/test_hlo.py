@@ -1,0 +1,157 @@
+"""What is read off small programs, written by hand, that hold what compilers write."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vqgan_jax.hlo import Module, window_products
+
+BYTES = """
+%inner (p.0: bf16[8,16,4], p.1: f32[8,4]) -> f32[8,4] {
+  %p.0 = bf16[8,16,4]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p.1 = f32[8,4]{1,0:T(8,128)S(1)} parameter(1)
+  %part = bf16[8,10,4]{2,1,0:T(8,128)(2,1)} slice(%p.0), slice={[0:8], [0:10], [0:4]}
+  ROOT %sum = f32[8,4]{1,0:T(8,128)} add(%p.1, %part)
+}
+
+%fused (q.0: bf16[8,16,4], q.1: f32[8,4]) -> f32[8,4] {
+  %q.0 = bf16[8,16,4]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %q.1 = f32[8,4]{1,0:T(8,128)S(1)} parameter(1)
+  ROOT %in = f32[8,4]{1,0:T(8,128)} fusion(%q.0, %q.1), kind=kLoop, calls=%inner
+}
+
+ENTRY %main (a: bf16[8,16,4], b: f32[8,4], w: f32[8,1]) -> f32[8,4] {
+  %a = bf16[8,16,4]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %b = f32[8,4]{1,0:T(8,128)} parameter(1)
+  %w = bf16[8,1,4]{2,1,0:T(8,128)} parameter(2)
+  %at = s32[]{:T(128)S(6)} constant(3)
+  %staged = (f32[8,4]{1,0:T(8,128)S(1)}, f32[8,4]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%b)
+  %fast = f32[8,4]{1,0:T(8,128)S(1)} copy-done(%staged)
+  %new = bf16[8,16,4]{2,1,0:T(8,128)(2,1)} dynamic-update-slice(%a, %w, %at, %at, %at)
+  ROOT %out = f32[8,4]{1,0:T(8,128)} fusion(%new, %fast), kind=kLoop, calls=%fused
+}
+"""
+
+# Twelve rounds (from 0, by 2, below 24) that stack a row in place, gather, permute and multiply; then one reduction,
+# and a gather in two parts, as the TPU compiler spreads one over the fusions beside it.
+LOOP = """
+%stack (s.0: f32[24,8,128], s.1: f32[8,128], s.2: s32[]) -> f32[24,8,128] {
+  %s.0 = f32[24,8,128]{2,1,0:T(8,128)} parameter(0)
+  %s.1 = f32[8,128]{1,0:T(8,128)} parameter(1)
+  %s.2 = s32[]{:T(128)S(6)} parameter(2)
+  %row = f32[1,8,128]{2,1,0:T(8,128)} bitcast(%s.1)
+  %none = s32[]{:T(128)S(6)} constant(0)
+  ROOT %put = f32[24,8,128]{2,1,0:T(8,128)} dynamic-update-slice(%s.0, %row, %s.2, %none, %none)
+}
+
+%part (g.0: f32[8,128]) -> f32[32,128] {
+  %g.0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %all.1 = f32[32,128]{1,0:T(8,128)} all-gather(%g.0), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%body (arg: (s32[], f32[8,128], f32[24,8,128])) -> (s32[], f32[8,128], f32[24,8,128]) {
+  %arg = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}, f32[24,8,128]{2,1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)S(6)} get-tuple-element(%arg), index=0
+  %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%arg), index=1
+  %rows = f32[24,8,128]{2,1,0:T(8,128)} get-tuple-element(%arg), index=2
+  %two = s32[]{:T(128)S(6)} constant(2)
+  %next = s32[]{:T(128)S(6)} add(%i, %two)
+  %w = f32[16,128]{1,0:T(8,128)S(1)} all-gather(%x), channel_id=1, replica_groups=mesh['a'=4,'b'=2] {'b'}, dimensions={0}
+  %go = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=2, source_target_pairs={{0,1},{1,0}}
+  %come = f32[8,128]{1,0:T(8,128)S(1)} collective-permute-done(%go)
+  %y = f32[8,16]{1,0:T(8,128)S(1)} dot(%come, %w), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  %spread = f32[32,128]{1,0:T(8,128)S(1)} fusion(%x), kind=kOutput, calls=%part
+  %kept = f32[24,8,128]{2,1,0:T(8,128)} fusion(%rows, %x, %i), kind=kLoop, calls=%stack, metadata={op_name="step/keep"}
+  ROOT %result = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}, f32[24,8,128]{2,1,0:T(8,128)}) tuple(%next, %x, %kept)
+}
+
+%goes_on (arg.1: (s32[], f32[8,128], f32[24,8,128])) -> pred[] {
+  %arg.1 = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}, f32[24,8,128]{2,1,0:T(8,128)}) parameter(0)
+  %limit = s32[]{:T(128)S(6)} constant(24)
+  %at = s32[]{:T(128)S(6)} get-tuple-element(%arg.1), index=0
+  ROOT %less = pred[]{:T(512)} compare(%at, %limit), direction=LT
+}
+
+ENTRY %main (x.1: f32[8,128], rows.1: f32[24,8,128]) -> f32[8,128] {
+  %x.1 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %rows.1 = f32[24,8,128]{2,1,0:T(8,128)} parameter(1)
+  %zero = s32[]{:T(128)S(6)} constant(0)
+  %begin = f32[32,128]{1,0:T(8,128)S(1)} fusion(%x.1), kind=kOutput, calls=%part
+  %first = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}, f32[24,8,128]{2,1,0:T(8,128)}) tuple(%zero, %x.1, %rows.1)
+  %loop = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}, f32[24,8,128]{2,1,0:T(8,128)}) while(%first), condition=%goes_on, body=%body
+  %last = f32[8,128]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+  ROOT %sum = f32[8,128]{1,0:T(8,128)} all-reduce(%last), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+"""  # noqa: E501
+ROW = 8 * 128 * 4
+
+
+@pytest.fixture(scope="module")
+def loop():
+    return Module(LOOP)
+
+
+def test_slices_staged_buffers_and_updates_in_place_count_once():
+    staged, row, part, out = 8 * 4 * 4, 8 * 4 * 2, 8 * 10 * 4 * 2, 8 * 4 * 4
+    # An update in place reads its row and writes it.
+    assert Module(BYTES).counts().memory == staged + 2 * row + part + out
+
+
+def test_a_copy_back_from_fast_memory_writes():
+    back = "(f32[8,4]{1,0:T(8,128)}, f32[8,4]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%fast)"
+    text = BYTES.replace("ROOT %out", f"%back = {back}\n  ROOT %out")
+    assert Module(text).counts().memory - Module(BYTES).counts().memory == 8 * 4 * 4
+
+
+def test_loops_count_as_often_as_their_counter_says(loop):
+    counts = loop.counts()
+    assert counts.unknown_loops == 0
+    assert counts.flops == 12 * 2 * 8 * 16 * 128
+    # A round: the gather, the permute and the fusion beside it read a row each; the stack reads a row and writes one.
+    assert counts.memory == 12 * 5 * ROW + ROW + 2 * ROW
+
+
+def test_collectives_by_kind_and_bytes_sent(loop):
+    found = {channel: (c.kind, c.sent, c.times) for channel, c in loop.counts().collectives.items()}
+    assert found == {
+        "1": ("all-gather", ROW, 12),  # to the other one of two
+        "2": ("collective-permute", ROW, 12),
+        "3": ("all-reduce", 2 * 3 / 4 * ROW, 1),
+        "7": ("all-gather", 3 * ROW, 1),  # one gather, though both parts of it, and one in a loop, name it
+    }
+
+
+def test_a_fused_reduce_scatter_is_one(loop):
+    text = LOOP.replace("%part", "%all-reduce-scatter.1").replace("all-gather(%g.0)", "all-reduce(%g.0)")
+    found = Module(text).counts().collectives["7"]
+    assert (found.kind, found.sent) == ("reduce-scatter", 3 / 4 * ROW)
+
+
+def test_a_loop_of_unknown_length_counts_once_and_is_named():
+    counts = Module(LOOP.replace("direction=LT", "direction=NE")).counts()
+    assert (counts.unknown_loops, counts.flops) == (1, 2 * 8 * 16 * 128)
+    text = LOOP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}')
+    assert Module(text.replace("direction=LT", "direction=NE")).counts().flops == 5 * 2 * 8 * 16 * 128
+
+
+def test_buffers_are_named_by_what_made_them(loop):
+    kept = [buffer for buffer in loop.buffers() if buffer.made_by == "step/keep"]
+    assert [(b.shape, b.size) for b in kept] == [("f32[24,8,128]", 24 * ROW)]
+
+
+def test_products_with_padding_and_dilation_are_left_out():
+    assert window_products(5, 3, 5, 1, 1, 1, 1) == 13  # "same": the two ends miss one each
+    assert window_products(4, 3, 8, 1, 1, 2, 1) == 4 + 4 * 2 - 1  # upsampled by zeros
+    assert window_products(16, 1, 4, 4, 0, 1, 1) == 4
+
+
+def test_flops_of_compiled_programs_are_those_of_their_convolutions():
+    def f(x, k, m):
+        y = jax.lax.conv_general_dilated(x, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.scan(lambda c, _: (c @ m, None), y.reshape(2, -1), None, length=3)[0]
+
+    args = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4)), jnp.ones((64, 64))
+    counts = Module(jax.jit(f).lower(*args).compile().as_text()).counts()
+    taps = window_products(8, 3, 4, 2, 0, 1, 1) ** 2
+    assert counts.flops == 2 * 2 * 3 * 4 * taps + 3 * 2 * 2 * 64 * 64
+    assert counts.collectives == {}

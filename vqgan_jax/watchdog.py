@@ -1,0 +1,129 @@
+"""A thread on every host that ends a job in which nothing moves any more, and says which host the others wait for.
+
+One host that is gone, or stuck in its data, leaves all others waiting in a collective for ever. JAX notices a process
+that died (100 s), not one that hangs, and names neither. Hosts tell each other what they do in small files of a shared
+folder, WORKDIR/hosts/INDEX.json, which is there before they have met.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from etils import epath
+
+from vqgan_jax import storage
+
+FOLDER = "hosts"  # in a workdir
+STUCK = 134  # the exit code of JAX's own aborts, on which job schedulers start again
+BEATS = 8  # a host writes so often in the time that it may take
+# Which process of how many this is, as launchers say it before JAX knows.
+_LAUNCHERS = (("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"), ("SLURM_PROCID", "SLURM_NTASKS"))
+
+
+class Watchdog:
+    """Watches one host, within `with`. `beat` says that it moves, and what it does next.
+
+    Args:
+      folder: of all hosts of the job.
+      index, count: which host this is, of how many.
+      seconds: how long a host may take from one beat to the next.
+      end: what is done when it takes longer, after the others' whereabouts are printed.
+    """
+
+    def __init__(
+        self,
+        folder: epath.Path,
+        index: int,
+        count: int,
+        seconds: float,
+        end: Callable[[int], Any] = os._exit,
+    ):
+        self._folder, self._index, self._count, self._seconds, self._end = folder, index, count, seconds, end
+        self._doing, self._step, self._since, self._timed = "starting", 0, time.time(), True
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def beat(self, step: int, doing: str, *, timed: bool = True) -> None:
+        """Says that this host has come to `step` and is `doing` something that, if `timed`, must end in time."""
+        self._step, self._doing, self._since, self._timed = step, doing, time.time(), timed
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._over.set()
+        self._thread.join(timeout=10)
+        self._file(self._index).unlink(missing_ok=True)
+
+    def _file(self, index: int) -> epath.Path:
+        return self._folder / f"{index}.json"
+
+    def _watch(self) -> None:
+        while True:
+            self._tell()
+            if self._over.wait(self._seconds / BEATS):
+                return
+            if self._timed and time.time() - self._since > self._seconds:
+                self._tell()
+                print(f"error: {self._report()}", file=sys.stderr, flush=True)
+                self._end(STUCK)
+                return
+
+    def _tell(self) -> None:
+        said = dict(host=socket.gethostname(), step=self._step, doing=self._doing, since=self._since, time=time.time())
+        try:
+            storage.write_json(self._file(self._index), said)
+        except OSError:
+            pass  # a full disk is no reason to end; a host that is silent for long counts as gone
+
+    def _report(self) -> str:
+        reports = {}
+        for index in range(self._count):
+            try:
+                reports[index] = json.loads(self._file(index).read_text())
+            except (OSError, ValueError):
+                continue
+        waits = f"host {self._index} of {self._count} has been {self._doing} (step {self._step}) for"
+        return f"{waits} {time.time() - self._since:.0f} s; {whereabouts(reports, self._count, self._seconds)}"
+
+
+def whereabouts(reports: Mapping[int, Mapping[str, Any]], count: int, seconds: float) -> str:
+    """Which hosts the others wait for: those never seen, or silent, or else behind; one line.
+
+    Args:
+      reports: what hosts said last, by index: `host`, `step`, `doing`, `since`, `time`.
+      count: of all hosts.
+      seconds: a host silent for so long is gone.
+    """
+    if missing := [index for index in range(count) if index not in reports]:
+        return f"never seen: host {', '.join(map(str, missing))} of 0 to {count - 1}"
+    now = max(report["time"] for report in reports.values())
+
+    def name(index: int) -> str:
+        said = reports[index]
+        return f"host {index} ({said['host']}): {said['doing']}, step {said['step']}, since {now - said['since']:.0f} s"
+
+    silent = [index for index in reports if now - reports[index]["time"] > seconds / 2]
+    if silent:
+        return f"no longer heard of: {'; '.join(map(name, silent))}"
+    least = min((said["step"], said["doing"] == "in a step") for said in reports.values())
+    behind = [i for i, said in reports.items() if (said["step"], said["doing"] == "in a step") == least]
+    if len(behind) == count:
+        return f"so are all others, in step {least[0]}"
+    return f"behind the others: {'; '.join(map(name, behind))}"
+
+
+def place_in_job() -> tuple[int, int] | None:
+    """(index, count) of this process as its launcher says it, before JAX is asked; None where it does not say."""
+    for index, count in _LAUNCHERS:
+        if index in os.environ and count in os.environ:
+            return int(os.environ[index]), int(os.environ[count])
+    if "TPU_WORKER_ID" in os.environ and "TPU_WORKER_HOSTNAMES" in os.environ:
+        return int(os.environ["TPU_WORKER_ID"]), len(os.environ["TPU_WORKER_HOSTNAMES"].split(","))
+    return None
