@@ -121,6 +121,23 @@ def test_collectives_by_kind_and_bytes_sent(loop):
     }
 
 
+@pytest.mark.parametrize(
+    "groups, size",
+    [
+        ("{{0,2},{1,3}}", 2),
+        ("[32,8]<=[256]", 8),
+        ("[8,32]<=[32,8]T(1,0)", 32),
+        ("mesh['axis_0'=32,'axis_1'=8] {'axis_1'}", 8),
+        ("mesh['a'=4,'b'=2,'c'=8] {'b','c'}", 16),
+        ("mesh['a'=32,'b'=8], device_ids=([16,16]T(1,0)) {'b'}", 8),
+        ("mesh['a'=32,'b'=8] {'a':(4)8}", 8),
+    ],
+)
+def test_groups_of_a_collective_in_every_spelling(groups, size):
+    text = LOOP.replace("mesh['a'=4,'b'=2] {'b'}", groups)
+    assert Module(text).counts().collectives["1"].sent == (size - 1) * ROW
+
+
 def test_a_fused_reduce_scatter_is_one(loop):
     text = LOOP.replace("%part", "%all-reduce-scatter.1").replace("all-gather(%g.0)", "all-reduce(%g.0)")
     found = Module(text).counts().collectives["7"]

@@ -237,7 +237,7 @@ IDS, MASK = np.zeros((1, 8, 8), np.int32), np.zeros((1, 8, 8), bool)
         (lambda m: m.logits(IDS[:, :4], [[0]]), "trained on"),
         (lambda m: m.nll(np.zeros((1, 65), int), [[0]]), "from 1 to 64"),
         (lambda m: m.nll(IDS + 64, [[0]]), "0 to 63"),
-        (lambda m: m.sample([[0]], grid=(4, 8)), "below"),
+        (lambda m: m.sample([[0]], grid=(4, 8)), "smaller than the window"),
         (lambda m: m.sample([[0]], temperature=0.0), "temperature"),
         (lambda m: m.sample([[0]], top_p=1.5), "top_p"),
         (lambda m: m.sample([[0]], top_k=0), "top_k"),

@@ -293,9 +293,10 @@ def _group(attributes: str) -> int:
         return len(found[1].split(","))
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
         return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'?([\w.-]+)'?=(\d+)", found[1])}
-        return math.prod(sizes[name] for name in re.findall(r"'?([\w.-]+)'?", found[2]) if name in sizes)
+    if found := re.search(r"replica_groups=mesh\[([^{]*)\{([^}]*)\}", attributes):  # of axes, or of parts of them
+        sizes = dict(re.findall(r"'([\w.-]+)'=(\d+)", found[1]))
+        axes = re.findall(r"'([\w.-]+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[name]) for name, part in axes)
     return 2  # not said: all devices; the least that it can be
 
 

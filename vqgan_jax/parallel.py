@@ -267,6 +267,16 @@ def shape_of(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(x), x.dtype)
 
 
+def compile_if_it_fits(lowered: Any) -> Any | None:
+    """The compiled program; None where the compiler of a TPU refuses one that exceeds the device's memory."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+
+
 def device_bytes(compiled: Any) -> int:
     """Bytes that a compiled program takes on each device: arguments, results and workspace."""
     memory = compiled.memory_analysis()

@@ -17,7 +17,7 @@ import numpy as np
 from vqgan_jax.config import UserError
 from vqgan_jax.models import layers, quantizers
 from vqgan_jax.models.vqgan import VQGAN
-from vqgan_jax.parallel import device_bytes, shape_of
+from vqgan_jax.parallel import compile_if_it_fits, device_bytes, shape_of
 
 Params = Mapping[str, Any]
 Array = np.ndarray
@@ -68,13 +68,12 @@ class Strips:
             shapes = [jax.ShapeDtypeStruct((x.shape[0], rows, *x.shape[2:]), x.dtype) for x in inputs]
             inside = jax.ShapeDtypeStruct((rows,), bool)
             compiled, used = _compile(program, jax.tree.map(shape_of, consts), inside, *shapes)
-            if used <= self.budget:
+            if used is not None and used <= self.budget:
                 break
             if count == 1:
-                raise UserError(
-                    f"the memory budget of {self.budget >> 20} MiB is too small: a row takes {used >> 20} MiB"
-                )
-            count = min(count - 1, count * self.budget // used) or 1
+                takes = "more than the device has" if used is None else f"{used >> 20} MiB"
+                raise UserError(f"the memory budget of {self.budget >> 20} MiB is too small: a row takes {takes}")
+            count = count // 2 if used is None else min(count - 1, count * self.budget // used) or 1
         self.peak = max(self.peak, used)
         consts, found = jax.device_put(consts), []
         for first in range(0, units, count):
@@ -96,16 +95,16 @@ def _rows(x: Array, top: int, rows: int) -> Array:
     return np.pad(inner, [(0, 0), (before, rows - before - inner.shape[1])] + [(0, 0)] * (x.ndim - 2))
 
 
-_COMPILED: dict[Any, tuple[Any, int]] = {}
+_COMPILED: dict[Any, tuple[Any, int | None]] = {}
 
 
-def _compile(program: Callable[..., Any], *shapes: Any) -> tuple[Any, int]:
-    """The compiled program and the bytes of device memory that it takes."""
+def _compile(program: Callable[..., Any], *shapes: Any) -> tuple[Any, int | None]:
+    """The compiled program and the bytes of device memory that it takes; None where that is more than there are."""
     leaves, structure = jax.tree.flatten(shapes)
     key = (program, structure, tuple((x.shape, str(x.dtype)) for x in leaves))
     if key not in _COMPILED:
-        compiled = program.lower(*shapes).compile()
-        _COMPILED[key] = compiled, device_bytes(compiled)
+        compiled = compile_if_it_fits(program.lower(*shapes))
+        _COMPILED[key] = compiled, device_bytes(compiled) if compiled else None
     return _COMPILED[key]
 
 
@@ -264,7 +263,6 @@ _RUN: dict[type[nn.Module], Callable[..., Array]] = {
     layers.Downsample: _run_downsample,
     layers.Upsample: _run_upsample,
 }
-_ROWS_QUANTIZED = 16  # of codes; their distances to the codebook are the workspace
 
 
 def apply_in_strips(
@@ -296,11 +294,11 @@ def apply_in_strips(
 
     def run(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
-        if context.method_name != "__call__" or isinstance(args[0], jax.core.Tracer):  # a quantizer, already cut
+        if not args or isinstance(args[0], jax.core.Tracer):  # a quantizer, already cut
             return next_fun(*args, **kwargs)
-        if isinstance(module, tuple(quantizers.MODULES.values())):
-            return _quantize(module, np.asarray(args[0]), **kwargs)
-        if type(module) not in _RUN:
+        if isinstance(module, tuple(quantizers.MODULES.values())) and context.method_name in _QUANTIZER:
+            return _QUANTIZER[context.method_name](strips, module, np.asarray(args[0]))
+        if context.method_name != "__call__" or type(module) not in _RUN:
             return next_fun(*args, **kwargs)
         made = _RUN[type(module)](strips, module, module.variables["params"], np.asarray(args[0]))
         done("/".join(module.path))
@@ -311,9 +309,30 @@ def apply_in_strips(
     return np.asarray(made), strips.peak
 
 
-def _quantize(module: nn.Module, z: Array, **kwargs: Any) -> tuple[None, Array, None]:
-    """The ids of z, a few rows at once."""
-    alone, variables = module.clone(parent=None, name=None), jax.device_put(module.variables)
-    call = jax.jit(lambda variables, rows: alone.apply(variables, rows, **kwargs)[1])
-    parts = (z[:, first : first + _ROWS_QUANTIZED] for first in range(0, z.shape[1], _ROWS_QUANTIZED))
-    return None, np.concatenate([np.asarray(call(variables, part)) for part in parts], axis=1), None
+def _quantize(strips: Strips, module: nn.Module, z: Array) -> tuple[None, Array, None]:
+    """The ids of z [b, h, w, e], rows of their distances to the codebook at a time."""
+    b, _, w, e = z.shape
+    return None, _swept(strips, module, "__call__", z, 4 * b * w * (module.codebook_size + e)), None
+
+
+def _codes(strips: Strips, module: nn.Module, ids: Array) -> Array:
+    """The vectors of ids [b, h, w]."""
+    b, _, w = ids.shape
+    return _swept(strips, module, "codes", ids, 4 * b * w * module.dim)
+
+
+def _swept(strips: Strips, module: nn.Module, method: str, x: Array, unit_bytes: int) -> Array:
+    alone = module.clone(parent=None, name=None)
+    variables = jax.tree.map(np.asarray, dict(module.variables))
+    return _joined(strips.sweep(_quantizer_program(alone, method), (x,), variables, unit_bytes=unit_bytes))
+
+
+@functools.cache
+def _quantizer_program(module: nn.Module, method: str) -> Callable[..., Any]:
+    """A quantizer's ids, or vectors, of some rows, as `Strips.sweep` runs it."""
+    if method == "codes":
+        return jax.jit(lambda variables, inside, ids: module.apply(variables, ids, method="codes"))
+    return jax.jit(lambda variables, inside, z: module.apply(variables, z, train=False, step=0)[1])
+
+
+_QUANTIZER = {"__call__": _quantize, "codes": _codes}

@@ -175,9 +175,10 @@ class Request:
                 keys = [key for key in keys if key != "crop_box"]
             transform = centre_transform(self._data, ("image", *keys), self._model.condition.labels, self.size)
             split, chosen = _SPLIT.fullmatch(text).groups()
-            found[text] = Examples(
-                self._data, split, tuple(map(int, (chosen or "").split(",") if chosen else ())), transform
-            )
+            chosen = tuple(map(int, chosen.split(","))) if chosen else ()
+            found[text] = Examples(self._data, split, chosen, transform)
+            if self._asked.data:
+                found[text].record["data"] = self._asked.data
         return found
 
     def _open(self, part: Condition, text: str) -> ConditionSource:
@@ -193,7 +194,10 @@ class Request:
             raise UserError(f"--condition={key}={text}: takes 'val' or 'train'; classes are named with --classes")
         kind = (DERIVED if self._asked.derive and key in DERIVED else KINDS)[key]
         transform = centre_transform(self._data, (), 0, self.size)
-        return FileConditions(text, key, kind, self._expected(part), transform, flag=f"--condition={key}")
+        source = FileConditions(text, key, kind, self._expected(part), transform, flag=f"--condition={key}")
+        if kind is not KINDS[key]:
+            source.record["derived"] = True
+        return source
 
     def _open_completion(self) -> tuple[Completion | None, dict[str, Any]]:
         """What is given of pictures, and what tells it from other requests."""

@@ -63,12 +63,13 @@ def _by_class(folder: SampleFolder, request: Request) -> np.ndarray:
 
 
 def _inverter(trained: TrainedTransformer, request: Request) -> Callable[[dict], dict[str, np.ndarray]]:
-    """Returns what one row's tokens say, from and as a batch of one."""
-    condition = trained.model.condition
-    if all(part.keys[0] in _LOSSLESS for part, _ in request.parts):
+    """Returns what one row's tokens say, from and as a batch of one; beyond the trained size, where encoding may take
+    more memory than there is, nothing."""
+    condition, model = trained.model.condition, trained.model
+    trained_size = tuple(model.first_stage.factor * n for n in model.config.grid)
+    if request.size != trained_size or all(part.keys[0] in _LOSSLESS for part, _ in request.parts):
         return lambda batch: {}
-    grid = tuple(n // trained.model.first_stage.factor for n in request.size)
-    program = jax.jit(lambda frozen, batch: condition.invert(frozen, condition.tokens(frozen, batch), grid))
+    program = jax.jit(lambda frozen, batch: condition.invert(frozen, condition.tokens(frozen, batch)))
     return lambda batch: jax.tree.map(np.asarray, program(trained.frozen, batch))
 
 

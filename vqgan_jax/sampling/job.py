@@ -98,11 +98,14 @@ class SampleFolder:
 
     def begun(self, indices: Iterable[int]) -> tuple[np.ndarray, int] | None:
         """What a job that was stopped had drawn: codes int32 [n, h, w], and the position that all have reached; None
-        where one of them had not begun."""
+        where one of them had not begun, or what was kept is damaged."""
         if not set(indices) <= self._begun:
             return None
-        kept = [storage.load_npz(self._begun_path(index)) for index in indices]
-        return np.stack([x["ids"] for x in kept]), min(int(x["position"]) for x in kept)
+        try:
+            kept = [storage.load_npz(self._begun_path(index)) for index in indices]
+            return np.stack([x["ids"] for x in kept]), min(int(x["position"]) for x in kept)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return None
 
     def show(self, indices: Iterable[int], pictures: np.ndarray, rows: int) -> None:
         """Writes unfinished uint8 pictures [n, h, w, c], of which so many rows of codes are drawn."""

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vqgan_jax.parallel import device_bytes, shape_of
+from vqgan_jax.parallel import compile_if_it_fits, device_bytes, shape_of
 
 Tree = Any
 Way = Literal["whole", "sharded", "strips", "tiles"]
@@ -67,33 +67,37 @@ def plan(
     if jax.default_backend() != "cpu":
         uncounted = 0
     x, abstract = jax.ShapeDtypeStruct(shape, dtype), jax.tree.map(shape_of, variables)
-    compiled = jax.jit(convert).lower(abstract, x).compile()
-    if (used := device_bytes(compiled) + uncounted) <= budget:
+    compiled = compile_if_it_fits(jax.jit(convert).lower(abstract, x))
+    if compiled and (used := device_bytes(compiled) + uncounted) <= budget:
         return Plan("whole", used, lambda variables, x: np.asarray(compiled(variables, x)))
-    if mesh.size > 1 and shape[1] % mesh.size == 0:
+    rows = shape[1], jax.eval_shape(convert, abstract, x).shape[1]
+    if mesh.size > 1 and not any(n % mesh.size for n in rows):
         sharded, used = compile_sharded(convert, abstract, x, mesh)
-        if (used := used + uncounted // mesh.size) <= budget:
+        if sharded and (used := used + uncounted // mesh.size) <= budget:
             return Plan("sharded", used, sharded)
     return Plan("strips", budget, lambda variables, x: in_strips(variables, np.asarray(x), budget)[0])
 
 
 def compile_sharded(
     convert: Convert, variables: Tree, x: jax.ShapeDtypeStruct, mesh: Mesh
-) -> tuple[Callable[[Tree, np.ndarray], np.ndarray], int]:
+) -> tuple[Callable[[Tree, np.ndarray], np.ndarray] | None, int]:
     """The conversion with the height cut over all devices of the mesh: XLA exchanges the rows that convolutions need
     from their neighbours, and sums GroupNorm's statistics over all.
 
     Args:
       convert: as in `plan`.
       variables: their shapes.
-      x: its shape, [b, h, ...] with h divisible by the devices.
+      x: its shape, [b, h, ...] with h, and that of the result, divisible by the devices.
       mesh: of this process's devices.
 
     Returns:
-      the function, and bytes of memory on each device.
+      the function, or None where the compiler refuses it, and bytes of memory on each device.
     """
     whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, mesh.axis_names))
-    compiled = jax.jit(convert, in_shardings=(whole, rows), out_shardings=rows).lower(variables, x).compile()
+    lowered = jax.jit(convert, in_shardings=(whole, rows), out_shardings=rows).lower(variables, x)
+    compiled = compile_if_it_fits(lowered)
+    if compiled is None:
+        return None, 0
 
     def run(variables: Tree, x: np.ndarray) -> np.ndarray:
         return np.asarray(compiled(jax.device_put(variables, whole), jax.device_put(x, rows)))

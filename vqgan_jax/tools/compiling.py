@@ -95,7 +95,7 @@ def _key(program: Program, lowered: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-_FORMAT = 1  # of what is kept; raise it with the meaning of a figure
+_FORMAT = 2  # of what is kept; raise it with the meaning of a figure
 
 
 def _installed(name: str) -> bool:

@@ -134,8 +134,9 @@ class Scored:
         rows = request.rows(np.arange(count))
         given = rows["given"].repeat(self._factor, axis=1).repeat(self._factor, axis=2)
         originals, other = to_uint8(rows["image"]), judges.shuffled(count)
-        decode = jax.jit(lambda x: self._round_trip(x))
-        real = np.concatenate([to_uint8(decode(rows["image"][k : k + 16])) for k in range(0, count, 16)])
+        first = self._trained.model.first_stage
+        again = jax.jit(lambda variables, x: first.decode(variables, first.encode(variables, x)))
+        real = to_uint8(again(self._trained.frozen["first_stage"], rows["image"]))
         return {
             "filled_colour": float(filled_colour(self.samples, originals, given).mean()),
             "filled_colour_shuffled": float(filled_colour(self.samples, originals[other], given).mean()),
@@ -145,10 +146,6 @@ class Scored:
     @property
     def _factor(self) -> int:
         return self._trained.model.first_stage.factor
-
-    def _round_trip(self, pictures: jax.Array) -> jax.Array:
-        first, variables = self._trained.model.first_stage, self._trained.frozen["first_stage"]
-        return first.decode(variables, first.encode(variables, pictures))
 
     def _placed(self) -> dict[str, float]:
         """How far windows of the samples are off in height, where a reader of crops of real pictures sees them."""

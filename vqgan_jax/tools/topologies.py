@@ -57,7 +57,7 @@ def _slice(topology: str, name: str, shape: tuple[int, ...]) -> list[Any]:
         slice_ = get_topology_desc(platform="tpu", topology_name=f"{name}:{'x'.join(map(str, shape))}", **more)
     except Exception as error:  # of the plugin or of its absence: no class of its own
         text = " ".join(str(error).split())
-        if "libtpu" in text or "initialize backend" in text:
+        if "not installed" in text or "libtpu" in text:
             raise UserError(
                 "--topology: the TPU compiler is not installed: pip install -r requirements-tpu.txt (or try cpu:8)"
             ) from None
