@@ -13,10 +13,10 @@
     python sample.py --workdir=runs/gpt --out=big --number=50000 --batch=64 --dtype=bfloat16 --guidance=2
 
 Writes one PNG an image, and at the end samples.npz (arr_0: uint8 [n, h, w, 3], and what each was asked for: label,
-segmentation, boxes, ...) and grid.png: conditions, what their tokens say, samples, originals. A size beyond the trained
-one is made with the sliding window. The same seed gives image number i whatever the batch size and the devices. A job
-that was stopped goes on when started again; with a larger --number it adds to what is there. Several hosts
-(--distributed) take a range of indices each and write to one folder.
+segmentation, boxes, ...; no masks and pictures of more than 4096 conditions) and grid.png: conditions, what their
+tokens say, samples, originals. A size beyond the trained one is made with the sliding window. The same seed gives image
+number i whatever the batch size and the devices. A job that was stopped goes on when started again; with a larger
+--number it adds to what is there. Several hosts (--distributed) take a range of indices each and write to one folder.
 """
 
 from collections.abc import Mapping
@@ -163,7 +163,7 @@ def define_flags() -> None:
         "draws a block in each, many times faster, with less of the picture in view.",
         lower_bound=0,
     )
-    flags.DEFINE_enum("decode", "exact", ["exact", "tiles"], "Beyond the trained size: tiles are fast, approximate.")
+    flags.DEFINE_enum("decode", "exact", ["exact", "tiles"], "Beyond the trained size; or in tiles of it, approximate.")
     flags.DEFINE_float("memory", 0, "GiB a device that encoding and decoding larger pictures may use; 0: all.", 0)
     flags.DEFINE_integer(
         "every", 0, "Beyond the trained size: a PNG after so many more rows of codes, to OUT/growing; 0: none.", 0

@@ -10,6 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vqgan_jax.data.tables import IMAGENET_GROUPS
+
 
 def run() -> ConfigDict:
     """What both trainers need beside model, data and optimizer."""
@@ -252,6 +254,9 @@ def reference(config: ConfigDict) -> ConfigDict:
     """
     config.ema_decay = 0.0
     config.data.resize, config.data.flip = "bilinear_no_antialias", False
+    restricted = config.data.classes == "restricted"
+    if restricted:
+        config.data.classes = "restricted_reference"
     plain = dict(scale_by_batch=True, clip_norm=0.0, schedule="constant", warmup="0")
     if "transformer" in config.model:
         config.optimizer = adamw(4.5e-6, b1=0.9, b2=0.95, weight_decay=0.01, **plain)
@@ -259,6 +264,8 @@ def reference(config: ConfigDict) -> ConfigDict:
         config.model.shared_vocabulary = True
         condition = config.model.condition
         for part in condition_parts(condition):
+            if part.name == "class" and restricted:
+                part.classes = len(IMAGENET_GROUPS["restricted_reference"])
             if part.name == "coordinates":
                 part.scheme = "raster"
             if part.name == "objects":

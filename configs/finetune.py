@@ -60,7 +60,11 @@ def fine_transformer(directory: epath.Path, model: dict[str, Any]) -> ConfigDict
     encoded = encoded_keys(condition_config(model["condition"], f"{directory}: model.condition"))
     config.cond_vqgan = ",".join(str(directory / folder) for folder in cond_folders(encoded).values())
     first = VQGANConfig.from_config(read_model(directory / "first_stage"), key=config.vqgan)
-    config.data.image_size = model["grid"][0] * first.factor
+    height, width = (n * first.factor for n in model["grid"])
+    with config.data.ignore_type():
+        config.data.image_size = height if height == width else (height, width)
+    for part in common.condition_parts(config.model.condition):
+        config.data.max_boxes = max(config.data.max_boxes, part.get("max_objects", 0))
     config.optimizer = common.adamw(1e-5)
     return config
 

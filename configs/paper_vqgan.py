@@ -112,6 +112,7 @@ ROWS = {
     "sflckr_f4": Row("sflckr", 63_282_051, multipliers=F4, size=64, resize_to=256),
     "sflckr_f32": Row("sflckr", 100_469_635, multipliers=F32, size=512),
     "coco": Row("coco_stuff", 73_976_707, codes=8192, resize_to=296),
+    "coco_v1": Row("coco_stuff", 72_928_131, codes=4096, resize_to=296),
     "ade20k": Row("ade20k", 72_928_131, codes=4096, batch=6, resize_to=290),
     "deepfashion": Row("deepfashion", 72_141_699),
     "cifar10": Row("cifar10", 16_192_643, multipliers=F2, size=32, batch=64),
@@ -124,6 +125,10 @@ ROWS = {
     "ade20k_segmentation": Row("ade20k", 72_482_839, key="segmentation", channels=151, batch=6, resize_to=290),
     "coco_segmentation": Row("coco_stuff", 72_556_599, key="segmentation", channels=183, resize_to=296),
     "sflckr_segmentation": Row("sflckr", 72_554_294, key="segmentation", channels=182),
+    "sflckr_segmentation_f4": Row(
+        "sflckr", 63_694_646, key="segmentation", channels=182, multipliers=F4, size=64, resize_to=256
+    ),
+    "sflckr_segmentation_f32": Row("sflckr", 100_882_230, key="segmentation", channels=182, multipliers=F32, size=512),
 }
 
 

@@ -330,11 +330,16 @@ def test_an_encoded_picture_needs_its_own_vqgan():
 def test_the_new_kind_of_the_readme_is_one():
     """The class and the row that the README shows are all that a model of a new kind needs."""
     text = (ROOT / "README.md").read_text()
-    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "KINDS" in block)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    code = next(block for block in blocks if "KINDS" in block)
     before = dict(KINDS)
     try:
         exec(compile(code, "README.md", "exec"), {})
         (name,) = set(KINDS) - set(before)
+        config = common.transformer()
+        (use,) = (block for block in blocks if f'name="{name}"' in block)
+        exec(compile(use, "README.md", "exec"), {"config": config, "ConfigDict": ConfigDict})
+        condition_config(config.model.condition, "k")
         fields = {"name": name} | {field.name: 5 for field in dataclasses.fields(KINDS[name].config)}
         model = make_model({"name": "joint", "a": fields, "b": SINGLE["class"]}, condition_dropout=0.1)
         condition = model.condition

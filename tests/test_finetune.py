@@ -87,6 +87,18 @@ def test_the_config_of_an_imported_transformer(imported, name):
     assert "input_key" not in config.model and "label_smoothing" in config.loss
 
 
+def test_pictures_have_the_form_of_the_grid_and_boxes_for_every_object(imported, tmp_path):
+    model = recorded_model(imported / "class")
+    layout = dict(kind="boxes", max_objects=30, vocab=1024, classes=5, crop=True, flags=[], trim=True)
+    record = model | {"grid": [3, 2], "condition": {"name": "objects", **layout}}
+    (tmp_path / "config.json").write_text(json.dumps({"model": record}))
+    (tmp_path / "first_stage").symlink_to(imported / "class" / "first_stage")
+    config = finetune.get_config(str(tmp_path))
+    height, width = config.data.image_size
+    assert 2 * height == 3 * width and config.data.max_boxes == 30
+    assert finetune.get_config(str(imported / "class")).data.max_boxes == common.data().max_boxes
+
+
 @pytest.mark.parametrize("name", ["vqgan", "class"])
 def test_every_leaf_can_be_overridden_from_the_command_line(imported, name, monkeypatch):
     path = f"{ROOT}/configs/finetune.py:{imported / name}"

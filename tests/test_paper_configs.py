@@ -17,6 +17,7 @@ from tests.test_config import load
 from vqgan_jax import pretrained
 from vqgan_jax.config import UserError
 from vqgan_jax.data import scenes
+from vqgan_jax.data.tables import IMAGENET_GROUPS
 from vqgan_jax.data.transforms import Transform
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
 from vqgan_jax.tokenizer import Tokenizer, by_input_key
@@ -114,6 +115,75 @@ def test_a_transformer_has_the_parameters_of_the_reference(name):
     model = ImageTransformer(TransformerConfig.from_config(config.model), stages[0], by_input_key(stages[1:]))
     model.check_size(config.data.image_size)
     assert count(jax.eval_shape(model.init, jax.random.key(0))) == row.parameters == gpt(row)
+
+
+def test_table_8_is_complete():
+    """Layers, width, codes, positions and f by row; FacesHQ f1 alone has no VQGAN."""
+    table = {
+        "restricted_imagenet": (12, 768, 768, 512, 16),
+        "class_restricted_imagenet": (18, 768, 768, 257, 16),
+        "depth_restricted": (14, 1024, 1024, 512, 16),
+        "depth_restricted_v2": (24, 1024, 1024, 512, 16),
+        "imagenet": (24, 1024, 1024, 256, 16),
+        "class_imagenet": (24, 1024, 1024, 257, 16),
+        "class_imagenet_big": (48, 1536, 16384, 257, 16),
+        "edges_imagenet": (24, 1024, 1024, 512, 8),
+        "super_resolution": (12, 1024, 1024, 512, 8),
+        "sflckr_f4": (24, 1024, 1024, 512, 4),
+        "sflckr": (24, 1024, 1024, 512, 16),
+        "sflckr_f32": (24, 1024, 1024, 512, 32),
+        "faceshq_f2": (24, 1024, 1024, 512, 2),
+        "faceshq_f4": (24, 1024, 1024, 512, 4),
+        "faceshq_f8": (24, 1024, 1024, 512, 8),
+        "faceshq": (24, 1024, 1024, 512, 16),
+        "ffhq": (28, 1024, 1024, 256, 16),
+        "ffhq_big": (24, 1664, 1024, 256, 16),
+        "celebahq": (28, 1024, 1024, 256, 16),
+        "celebahq_big": (24, 1664, 1024, 256, 16),
+        "coco": (32, 1280, 8192, 512, 16),
+        "coco_v1": (36, 1024, 4096, 512, 16),
+        "ade20k": (28, 1024, 4096, 512, 16),
+        "pose_deepfashion": (18, 768, 1024, 340, 16),
+        "lsun_churches": (24, 1024, 1024, 256, 16),
+        "cifar10": (24, 1024, 1024, 256, 2),
+    }
+    for name, figures in table.items():
+        row = paper_transformer.ROWS[name]
+        first = paper_vqgan.ROWS[row.first]
+        assert (row.layers, row.width, first.codes, row.positions, first.factor) == figures, name
+    assert {name for name, row in paper_transformer.ROWS.items() if row.dropout} == {
+        "ade20k",
+        "coco_v1",
+        "coco_scenes",
+        "open_images_scenes",
+    }
+
+
+@pytest.mark.parametrize(("name", "source", "area"), [("coco", "coco", 1e-5), ("open_images", "open_images", 1e-4)])
+def test_scenes_show_the_model_all_the_objects_it_has_room_for(name, source, area):
+    config = load(CONFIGS / "paper_transformer.py", f"{name}_scenes")
+    assert config.data.max_boxes == config.model.condition.max_objects == 30
+    assert (config.data.source, config.data.min_objects, config.data.min_box_area) == (source, 2, area)
+
+
+def test_depth_to_image_of_restricted_imagenet():
+    """Of both sizes; the smaller one is that of the published NLL."""
+    for name in ("depth_restricted", "depth_restricted_v2"):
+        config = load(CONFIGS / "paper_transformer.py", name)
+        assert (config.data.source, config.data.classes) == ("imagenet_depth", "restricted")
+    rows = paper_transformer.ROWS
+    assert "4.70" in rows["depth_restricted"].published and not rows["depth_restricted_v2"].published
+    assert load(CONFIGS / "paper_transformer.py", "depth_imagenet").data.classes == ""
+
+
+def test_the_reference_leaves_out_the_last_class_of_each_range():
+    ours, theirs = (
+        load(CONFIGS / "paper_transformer.py", f"class_restricted_imagenet{arg}") for arg in ("", ",reference")
+    )
+    for config, name in ((ours, "restricted"), (theirs, "restricted_reference")):
+        assert config.data.classes == name and config.model.condition.classes == len(IMAGENET_GROUPS[name])
+    stage = load(CONFIGS / "paper_vqgan.py", "restricted_imagenet,reference")
+    assert stage.data.classes == "restricted_reference"
 
 
 def abstract_step(recipe, batch, frozen):

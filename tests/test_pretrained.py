@@ -147,7 +147,7 @@ def test_several_encoded_conditions_have_a_vqgan_each(tmp_path):
         config.cond_vqgan = wrong
         with pytest.raises(UserError, match=message):
             pretrained.adopt_stages(config, epath.Path(tmp_path / "run"), jnp.float32)
-    config.cond_vqgan = f"{segmentation},{depth}"
+    config.cond_vqgan = f"{segmentation}, {depth}"
     stages = pretrained.adopt_stages(config, epath.Path(tmp_path / "run"), jnp.float32)
     assert set(stages.digest) == {"first_stage", "cond_stage/depth", "cond_stage/segmentation"}
     assert set(stages.frozen) == {"first_stage", "cond/depth", "cond/segmentation"}

@@ -18,6 +18,7 @@ from vqgan_jax.config import UserError
 flags.disclaim_key_flags()  # they are those of the script that defines them: its --help lists them
 FAILED = 2  # the exit code of every user error
 JOIN_SECONDS = 270  # that hosts may take to find each other; JAX aborts after 300
+_LOST = ("onnection", "UNAVAILABLE", "Gloo", "eartbeat", "DEADLINE_EXCEEDED", "ABORTED")  # in errors of collectives
 DISTRIBUTED = "VQGAN_JAX_DISTRIBUTED"  # the variable by which launch/ says that several processes form one job
 
 
@@ -96,7 +97,7 @@ def leave_with_others() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or not any(sign in str(error) for sign in _LOST):
             raise
         reason = " ".join(str(error).split())[:300]
         print(

@@ -197,7 +197,7 @@ def _needed(config: ConfigDict) -> dict[str, list[str]]:
 def _load_named(config: ConfigDict, key: str) -> dict[str, Trained]:
     """The VQGANs that `config.vqgan` or `config.cond_vqgan` (several with commas between) names, by folder."""
     flag = f"config.{key}"
-    paths = [config[key]] if key == "vqgan" else config[key].split(",")
+    paths = [config[key]] if key == "vqgan" else [path.strip() for path in config[key].split(",")]
     if not all(paths):
         raise UserError(f"{flag}: name the workdir of a trained VQGAN")
     read = [load_trained(path, key=flag, kind="vqgan") for path in paths]

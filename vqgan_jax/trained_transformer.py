@@ -17,7 +17,7 @@ from vqgan_jax.images import to_uint8
 from vqgan_jax.models.strips import apply_in_strips
 from vqgan_jax.models.vqgan import model_input
 from vqgan_jax.sampling.large import LargeOptions, LargeSampler
-from vqgan_jax.sampling.large_decoder import decode_begun, decode_tiles, device_budget, plan
+from vqgan_jax.sampling.large_decoder import decode_begun, decode_tiles, device_budget, encode_tiles, plan
 from vqgan_jax.sampling.sampler import make_sampler
 from vqgan_jax.sampling.strategies import Strategy, row_keys
 from vqgan_jax.tokenizer import Tokenizer
@@ -205,12 +205,7 @@ class TrainedTransformer:
         self, shape: tuple[int, ...], mesh: Mesh, large: LargeOptions
     ) -> Callable[[np.ndarray], np.ndarray]:
         """Ids of this shape to images, as the memory allows."""
-        first = self.model.first_stage
-        if large.tiles:
-            large.announce("decoding in overlapping tiles (approximate)")
-            program, variables = jax.jit(self.model.decode), jax.device_put({"first_stage": self.frozen["first_stage"]})
-            return lambda ids: decode_tiles(program, variables, ids, first.factor)
-        return self._convert_large("decode", first, "first_stage", shape, np.int32, mesh, large)
+        return self._convert_large("decode", self.model.first_stage, "first_stage", shape, np.int32, mesh, large)
 
     def _convert_large(
         self,
@@ -222,8 +217,10 @@ class TrainedTransformer:
         mesh: Mesh,
         large: LargeOptions,
     ) -> Callable[[np.ndarray], np.ndarray]:
-        """A method of the stage of this name, for batch arrays or ids of this shape, exactly, as the memory allows."""
+        """A method of the stage of this name, for batch arrays or ids of this shape, exactly as the memory allows, or
+        in tiles of the trained size."""
         config = tokenizer.config
+        doing = "decoding" if method == "decode" else f"encoding {config.input_key}"
 
         def prepared(x: Any) -> Any:
             if method == "encode":
@@ -233,6 +230,13 @@ class TrainedTransformer:
         def convert(variables: Tree, x: jax.Array) -> jax.Array:
             return getattr(tokenizer, method)(variables, prepared(x))
 
+        if large.tiles:
+            large.announce(f"{doing} in overlapping tiles (approximate)")
+            program, variables = jax.jit(convert), jax.device_put(self.frozen[name])
+            side = min(self.model.config.grid)
+            in_tiles = decode_tiles if method == "decode" else encode_tiles
+            return lambda x: in_tiles(program, variables, x, tokenizer.factor, tile=side, overlap=side // 2)
+
         def in_strips(variables: Tree, x: np.ndarray, budget: int) -> tuple[np.ndarray, int]:
             return apply_in_strips(tokenizer.model, variables, np.asarray(prepared(x)), method=method, budget=budget)
 
@@ -240,7 +244,7 @@ class TrainedTransformer:
         scale = config.factor if method == "encode" else 1
         scores = config.autoencoder.score_bytes(shape[0], shape[1] // scale, shape[2] // scale)
         chosen = plan(convert, in_strips, variables, shape, dtype, budget=budget, mesh=mesh, uncounted=scores)
-        large.announce(f"{'decoding' if method == 'decode' else f'encoding {config.input_key}'} {chosen}")
+        large.announce(f"{doing} {chosen}")
         return lambda x: chosen.run(variables, x)
 
 

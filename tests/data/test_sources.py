@@ -14,7 +14,7 @@ from vqgan_jax.config import UserError
 from vqgan_jax.data.decoding import IMAGE_SUFFIXES
 from vqgan_jax.data.image_files import ImageFiles, decode_at_least, in_split
 from vqgan_jax.data.pipeline import evaluation, pipeline
-from vqgan_jax.data.source import CorruptExample
+from vqgan_jax.data.source import CorruptExample, readable
 from vqgan_jax.data.sources import SOURCES, open_source
 from vqgan_jax.data.stores import open_store
 from vqgan_jax.data.transforms import Transform
@@ -251,3 +251,8 @@ def test_an_unreadable_file_is_named_by_its_path(tmp_path):
         files(tmp_path)[0]
     assert caught.value.path == str(tmp_path / "a" / "1.png")
     assert "0x" not in caught.value.reason  # the same reason every time: manifests keep it
+    with pytest.raises(CorruptExample, match="1.png"):
+        readable(files(tmp_path), 0)
+    save(tmp_path / "a" / "0.png")
+    for index in range(2):  # past the end it goes on with the first
+        np.testing.assert_array_equal(readable(files(tmp_path), index)["image"], files(tmp_path)[0]["image"])

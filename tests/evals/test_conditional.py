@@ -39,6 +39,15 @@ def test_real_pictures_show_their_own_condition(examples, key, attainable, wrong
     assert np.nanmean(shuffled) < wrong
 
 
+def test_pictures_are_counted_part_by_part(examples, monkeypatch):
+    learnt, held_out = examples
+    by_parts = {key: LEARNT[key].make(learnt)(held_out["image"], held_out) for key in LEARNT}
+    monkeypatch.setattr(conditional, "_ROWS", len(learnt["image"]))
+    for key, parts in by_parts.items():
+        for name, whole in LEARNT[key].make(learnt)(held_out["image"], held_out).items():
+            np.testing.assert_allclose(parts[name], whole, rtol=1e-6)
+
+
 def test_what_asks_for_nothing_has_no_measure(examples):
     learnt, held_out = examples
     none = {key: x.copy() for key, x in held_out.items()}

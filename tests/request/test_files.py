@@ -8,6 +8,7 @@ from PIL import Image
 
 from vqgan_jax.config import UserError
 from vqgan_jax.images import to_uint8
+from vqgan_jax.object_tokens import FLAGS
 from vqgan_jax.request.files import DERIVED, KINDS, Expected, find
 from vqgan_jax.request.sources import FileConditions, centre_transform
 
@@ -102,7 +103,10 @@ def test_layouts_name_classes_boxes_points_and_flags(tmp_path):
     assert row["box_classes"].tolist() == [2, 3, -1] and row["box_flags"].tolist() == [9, 0, 0]
     assert row["crop_box"].tolist() == [0, 0, 1, 1]
     several = layout(tmp_path, [[sun], [sun | {"class": "tree"}]])
-    assert len(several) == 2 and several.row(1)["box_classes"][0] == 1
+    assert len(several) == 2
+    (tmp_path / "boxes.json").unlink()  # it was read once
+    assert several.row(1)["box_classes"][0] == 1
+    assert layout(tmp_path, [sun | {"flags": "group"}]).row(0)["box_flags"].tolist()[0] == 1 << FLAGS.index("group")
 
 
 BOX = {"class": "sun", "box": [0, 0, 1, 1]}

@@ -1,6 +1,7 @@
 """What a job is asked for: which condition picture i has, what is given of it, and the record that tells jobs apart."""
 
 import functools
+import json
 
 import jax
 import numpy as np
@@ -9,6 +10,8 @@ from PIL import Image
 
 from tests.request import models
 from vqgan_jax.config import UserError
+from vqgan_jax.data.scenes_source import ScenesSource
+from vqgan_jax.request import request as request_module
 from vqgan_jax.request.completion import open_masks
 from vqgan_jax.request.flags import Asked
 from vqgan_jax.request.request import Request
@@ -53,6 +56,31 @@ def test_files_are_taken_in_turn_each_for_so_many_pictures(trained, masks):
     assert rows["segmentation"][:, 0, 0].tolist() == [0, 0, 1, 2, 0, 0]
     assert request.record["each"] == 2 and request.record["condition"]["segmentation"]["files"] == 3
     assert request.arrays()["segmentation"].shape == (6, SIZE, SIZE)
+
+
+def test_each_row_is_read_once_for_the_arrays_and_many_pictures_not_at_all(trained, masks, monkeypatch):
+    fields = dict(condition=[f"segmentation={masks}"], classes=["3", "5"], number=14, each=2)
+    opened = Request(asked(**fields), trained("class_segmentation"), GRID)
+    expected = opened.rows(np.arange(14))
+    read, source = [], opened.parts[1][1]
+    take = source.row
+    monkeypatch.setattr(source, "row", lambda j: read.append(j) or take(j))
+    found = opened.arrays()
+    assert set(found) == {"label", "segmentation"} and sorted(read) == [0, 0, 1, 2]  # the first also for its size
+    for key, x in found.items():
+        np.testing.assert_array_equal(x, expected[key])
+        assert x.dtype == expected[key].dtype
+    monkeypatch.setattr(request_module, "_READ_AGAIN", 2)
+    assert set(opened.arrays()) == {"label"}
+
+
+def test_points_are_as_many_as_those_of_the_data(trained, tmp_path):
+    known = len(ScenesSource.tables["keypoints"])
+    for count, name in ((known, "right"), (known + 1, "wrong")):
+        (tmp_path / f"{name}.json").write_text(json.dumps([[0.5, 0.5]] * count))
+    assert Request(asked(condition=[str(tmp_path / "right.json")]), trained("keypoints"), GRID).count == 1
+    with pytest.raises(UserError, match=f"wrong.json: holds {known + 1} points, the model's data have {known}"):
+        Request(asked(condition=[str(tmp_path / "wrong.json")]), trained("keypoints"), GRID)
 
 
 def test_each_part_has_its_own_source(trained, masks):
@@ -121,6 +149,7 @@ def test_conditions_beyond_the_trained_size_are_of_the_whole_picture(trained):
         ("segmentation", dict(condition=["segmentatoin=val"]), "did you mean 'segmentation'"),
         ("segmentation", dict(condition=["val", "train"]), "a second time"),
         ("segmentation", dict(condition=["missing.png"]), "there is no file"),
+        ("segmentation", dict(condition=["segmentation="]), "--condition=segmentation=: says no source"),
     ],
 )
 def test_mistakes_name_the_flag(trained, condition, fields, message):
@@ -172,8 +201,9 @@ def test_a_mask_of_pixels_keeps_codes_that_are_given_whole(trained, tmp_path):
     pixels = np.zeros((SIZE, SIZE), np.uint8)
     pixels[7, 9] = 255
     Image.fromarray(pixels).save(tmp_path / "mask.png")
-    anew, record = open_masks(str(tmp_path / "mask.png"), trained("none").model, (SIZE, SIZE))
-    assert anew.shape == (1, SIZE, SIZE) and anew.sum() == 1 and anew[0, 7, 9] and record["files"] == 1
+    masks = open_masks(str(tmp_path / "mask.png"), trained("none").model, (SIZE, SIZE))
+    anew = masks.anew(0)
+    assert anew.shape == (SIZE, SIZE) and anew.sum() == 1 and anew[7, 9] and masks.record["files"] == 1
     request = Request(asked(given="val", mask=str(tmp_path / "mask.png")), trained("none"), GRID)
     given = request.rows(np.arange(1))["given"][0]
     assert given.sum() == 15 and not given[1, 2]

@@ -12,7 +12,7 @@ from tests import reference as ref
 from vqgan_jax import parallel
 from vqgan_jax.models.strips import apply_in_strips
 from vqgan_jax.models.vqgan import VQGAN
-from vqgan_jax.sampling.large_decoder import decode_tiles, plan
+from vqgan_jax.sampling.large_decoder import decode_tiles, encode_tiles, plan
 
 MODEL = VQGAN(ref.VQGAN_TINY)
 
@@ -59,6 +59,21 @@ def test_tiles_of_a_local_decoder_are_exact(size):
     ids = np.random.default_rng(1).integers(16, size=(2, *size))
     made = decode_tiles(local, table, ids, 2, tile=8, overlap=3)
     np.testing.assert_allclose(made, local(table, ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(5, 9), (8, 8), (23, 31)])
+def test_codes_of_tiles_are_those_of_the_place(size):
+    """Of an encoder that sees its tile's edges, only codes away from them may differ: none where neighbours meet."""
+    picture = np.random.default_rng(2).integers(99, size=(2, 2 * size[0], 2 * size[1]))
+
+    def encode(offset, x):
+        ids = np.array(x[:, ::2, ::2] + offset)
+        for edge in (np.s_[:, :1], np.s_[:, -1:], np.s_[:, :, :1], np.s_[:, :, -1:]):
+            ids[edge] = -1
+        return ids
+
+    made = encode_tiles(encode, 1, picture, 2, tile=8, overlap=3)
+    np.testing.assert_array_equal(made, encode(1, picture))
 
 
 def test_tiles_of_the_model_are_near_the_whole(variables):

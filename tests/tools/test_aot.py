@@ -149,9 +149,12 @@ def test_an_activation_that_grows_with_the_devices_is_named():
     assert aot.growing(buffers(2, P("data")), buffers(8, P("data")), floor=10**5) == []
 
 
-def test_the_abstract_batch_is_what_the_pipeline_makes():
+@pytest.mark.parametrize("size", [32, (32, 64)])
+def test_the_abstract_batch_is_what_the_pipeline_makes(size):
     config = demo_vqgan.get_config()
     config.data.val_examples = 2
+    with config.data.ignore_type():
+        config.data.image_size = size
     mesh = parallel.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     keys = ("image", "label", "segmentation", "depth", "coords", "boxes", "box_classes", "crop_box")
     source = open_source(config.data, "val")

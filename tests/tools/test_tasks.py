@@ -160,7 +160,7 @@ def test_a_task_end_to_end(name, vqgan, tmp_path, monkeypatch):
         strategy=Strategy(),
         size=f"{size}x{size}",
         mesh={"data": -1, "fsdp": 1, "tensor": 1},
-        **dict(batch=8, seed=0, stride=0, decode="exact", memory=0, best=True, dtype="float32"),
+        **dict(batch=8, seed=0, stride=0, decode="exact", memory=0, every=0, best=True, dtype="float32"),
     )
     assert (tmp_path / "out" / "grid.png").exists()
 

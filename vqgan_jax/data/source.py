@@ -48,3 +48,14 @@ class CorruptExample(Exception):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+def readable(source: Source, index: int) -> Example:
+    """Example `index` of a source, or the next that can be read. Raises CorruptExample: none can."""
+    count = len(source)
+    for place in range(index, index + count):
+        try:
+            return source[place % count]
+        except CorruptExample as error:
+            last = error
+    raise last

@@ -20,7 +20,9 @@ Derive = Callable[[np.ndarray], np.ndarray]  # pictures uint8 [n, h, w, 3] -> a 
 Check = Callable[[np.ndarray, Batch], Mapping[str, np.ndarray]]
 """(pictures uint8 [n, h, w, 3], what was asked for) -> measures [n], NaN where nothing was asked of a picture."""
 
-_LEVELS, _BANDS = 16, 4  # of each colour channel in the table, and of the height
+_BITS, _BANDS = 4, 4  # of each colour channel in the table; of the height
+_LEVELS = 1 << _BITS
+_ROWS = 64  # pictures that are counted at once: thousands of 256 x 256 pixels would take gigabytes by the temporary
 _DEPTH_STEP = 0.1  # of two depths in [-1, 1] whose order counts
 _NEAR = 1 / 32  # of the height: so far off a key point's thing may be
 
@@ -93,16 +95,23 @@ class ColourTable:
     def of_labels(cls, pictures: np.ndarray, labels: np.ndarray) -> "ColourTable":
         """The commonest label. Pictures uint8 [n, h, w, 3], labels int [n, h, w] >= 0."""
         classes = int(labels.max()) + 1
-        cells = _cells(pictures).ravel() * classes + labels.ravel()
-        counts = np.bincount(cells, minlength=_BANDS * _LEVELS**3 * classes).reshape(-1, classes)
+        counts = np.zeros(_BANDS * _LEVELS**3 * classes, np.int64)
+        for part in _parts(len(pictures)):
+            cells = _cells(pictures[part]) * classes + labels[part]
+            counts += np.bincount(cells.ravel(), minlength=len(counts))
+        counts = counts.reshape(-1, classes)
         return cls(counts.argmax(1), counts.sum(1) > 0)
 
     @classmethod
     def of_means(cls, pictures: np.ndarray, values: np.ndarray) -> "ColourTable":
         """The mean value. Pictures uint8 [n, h, w, 3], values float [n, h, w]."""
-        cells, length = _cells(pictures).ravel(), _BANDS * _LEVELS**3
-        counts = np.bincount(cells, minlength=length)
-        return cls(np.bincount(cells, values.ravel(), length) / np.maximum(counts, 1), counts > 0)
+        length = _BANDS * _LEVELS**3
+        counts, sums = np.zeros(length, np.int64), np.zeros(length)
+        for part in _parts(len(pictures)):
+            cells = _cells(pictures[part]).ravel()
+            counts += np.bincount(cells, minlength=length)
+            sums += np.bincount(cells, values[part].ravel(), length)
+        return cls(sums / np.maximum(counts, 1), counts > 0)
 
     def __call__(self, pictures: np.ndarray) -> np.ndarray:
         """What pictures uint8 [n, h, w, 3] show: [n, h, w]."""
@@ -138,8 +147,8 @@ class BoxCheck:
 
     def __init__(self, real: Batch):
         self._table = ColourTable.of_labels(real["image"], real["segmentation"])
-        labels = int(real["segmentation"].max()) + 1
-        overall = np.bincount(real["segmentation"].ravel(), minlength=labels) / real["segmentation"].size
+        overall = _label_shares(real["segmentation"])
+        labels = len(overall)
         shares = [
             (name, np.bincount(inside.ravel(), minlength=labels) / inside.size)
             for k in range(len(real["image"]))
@@ -169,11 +178,15 @@ class KeypointCheck:
 
     def __init__(self, real: Batch):
         self._table = ColourTable.of_labels(real["image"], real["segmentation"])
-        points, labels = _points(real["keypoints"]), int(real["segmentation"].max()) + 1
-        overall = np.bincount(real["segmentation"].ravel(), minlength=labels) / real["segmentation"].size
-        marked = points >= 0
-        cells = points[marked] * labels + real["segmentation"][marked]
-        counts = np.bincount(cells, minlength=len(_COLOURS) * labels).reshape(-1, labels)
+        overall = _label_shares(real["segmentation"])
+        labels = len(overall)
+        counts = np.zeros(len(_COLOURS) * labels, np.int64)
+        for part in _parts(len(real["keypoints"])):
+            points = _points(real["keypoints"][part])
+            marked = points >= 0
+            cells = points[marked] * labels + real["segmentation"][part][marked]
+            counts += np.bincount(cells, minlength=len(counts))
+        counts = counts.reshape(-1, labels)
         lift = counts / np.maximum(counts.sum(1, keepdims=True), 1) / np.maximum(overall, 1e-3)
         self._stands_for = (lift > 0) & (lift >= lift.max(1, keepdims=True) / 2)
 
@@ -246,8 +259,8 @@ _COLOURS = drawing.palette(64)  # of the first points; a point's colour does not
 
 def _points(drawn: np.ndarray) -> np.ndarray:
     """Pictures of key points float [n, h, w, 3] in [-1, 1] to the point at each pixel int [n, h, w], -1 for none."""
-    codes = to_uint8(drawn).astype(np.int64) @ (1 << 16, 1 << 8, 1)
-    known = _COLOURS.astype(np.int64) @ (1 << 16, 1 << 8, 1)
+    places = np.array([1 << 16, 1 << 8, 1], np.int32)
+    codes, known = to_uint8(drawn) @ places, _COLOURS @ places
     order = np.argsort(known)
     place = np.minimum(np.searchsorted(known, codes, sorter=order), len(known) - 1)
     return np.where(known[order[place]] == codes, order[place], -1)
@@ -268,12 +281,23 @@ def _inside_boxes(labels: np.ndarray, batch: Batch, k: int) -> list[tuple[int, n
     return found
 
 
+def _parts(count: int) -> list[slice]:
+    return [slice(start, start + _ROWS) for start in range(0, count, _ROWS)]
+
+
+def _label_shares(labels: np.ndarray) -> np.ndarray:
+    """Of all pixels int [n, h, w] the share that has each label, [highest label + 1]."""
+    count = int(labels.max()) + 1
+    return sum(np.bincount(labels[part].ravel(), minlength=count) for part in _parts(len(labels))) / labels.size
+
+
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
 
 
 def _cells(pictures: np.ndarray) -> np.ndarray:
-    r, g, b = np.moveaxis(pictures.astype(np.int64) * _LEVELS // 256, -1, 0)
+    """Which of the table's cells each pixel of pictures uint8 [n, h, w, 3] is in: int32 [n, h, w]."""
+    r, g, b = np.moveaxis(pictures >> (8 - _BITS), -1, 0)
     height = pictures.shape[1]
-    band = (np.arange(height) * _BANDS // height)[:, None]
+    band = (np.arange(height, dtype=np.int32) * _BANDS // height)[:, None]
     return ((band * _LEVELS + r) * _LEVELS + g) * _LEVELS + b

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,22 @@ REGIONS = {
     "center": (_MIDDLE, _MIDDLE),
 }
 _HALF = 0.5  # of the height or the width, or of both in the center
+_CACHED = 16  # masks in pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Masks:
+    """What of pictures is made anew.
+
+    Attributes:
+      given: the codes that are kept, bool [m, h / factor, w / factor].
+      anew: the pixels that mask j makes anew, bool [h, w].
+      record: what tells these masks from others.
+    """
+
+    given: np.ndarray
+    anew: Callable[[int], np.ndarray]
+    record: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,28 +51,28 @@ class Completion:
 
     Attributes:
       pictures: rows with `image`.
-      anew: bool [m, h, w] in pixels, what is made anew.
+      masks: what is made anew.
       factor: pixels a code.
       paste: whether given pixels are put back over a result.
     """
 
     pictures: ConditionSource
-    anew: np.ndarray
+    masks: Masks
     factor: int
     paste: bool
 
-    @functools.cached_property
+    @property
     def given(self) -> np.ndarray:
         """The codes that are kept, bool [m, h / factor, w / factor]."""
-        return kept_codes(self.anew, self.factor)
+        return self.masks.given
 
     def row(self, j: int) -> Row:
         """`image` float [h, w, 3], and `given` bool on the grid of codes."""
         image = self.pictures.row(j % len(self.pictures))["image"]
-        return {"image": image, "given": self.given[j % len(self.anew)]}
+        return {"image": image, "given": self.given[j % len(self.given)]}
 
     def __len__(self) -> int:
-        return math.lcm(len(self.pictures), len(self.anew))
+        return math.lcm(len(self.pictures), len(self.given))
 
     @property
     def record(self) -> Mapping[str, Any]:
@@ -67,7 +83,7 @@ class Completion:
         """A result uint8 [h, w, 3] with the given pixels over it, if that is asked for."""
         if not self.paste:
             return picture
-        anew = self.anew[j % len(self.anew), ..., None]
+        anew = self.masks.anew(j % len(self.given))[..., None]
         return np.where(anew, picture, to_uint8(self.pictures.row(j % len(self.pictures))["image"]))
 
     def masked(self, j: int) -> np.ndarray:
@@ -78,13 +94,13 @@ class Completion:
 
 
 def kept_codes(anew: np.ndarray, factor: int) -> np.ndarray:
-    """Of pixels bool [m, h, w] that are made anew the codes bool [m, h / factor, w / factor] of which none is."""
-    m, h, w = anew.shape
-    return ~anew.reshape(m, h // factor, factor, w // factor, factor).any(axis=(2, 4))
+    """Of pixels bool [h, w] that are made anew the codes bool [h / factor, w / factor] of which none is."""
+    h, w = anew.shape
+    return ~anew.reshape(h // factor, factor, w // factor, factor).any(axis=(1, 3))
 
 
-def open_masks(text: str, model: ImageTransformer, size: tuple[int, int]) -> tuple[np.ndarray, dict[str, str]]:
-    """What --mask asks to make anew, bool [m, h, w], and what tells it from other masks.
+def open_masks(text: str, model: ImageTransformer, size: tuple[int, int]) -> Masks:
+    """What --mask asks to make anew. Of files the codes are held, pixels are read again when they are asked for.
 
     Args:
       text: a region with or without its share, or files.
@@ -96,22 +112,24 @@ def open_masks(text: str, model: ImageTransformer, size: tuple[int, int]) -> tup
     """
     name, _, share = text.partition(":")
     if name in REGIONS:
-        anew, record = _region(text, name, share or str(_HALF), size)[None], {"region": text}
+        region = _region(text, name, share or str(_HALF), size)
+        count, anew, record = 1, lambda j: region, {"region": text}
     elif not set(text) & set("./*?") and not storage.path(text).exists():
         raise UserError(f"--mask={text}: no file, and no region{suggest(name, REGIONS)}")
     else:
         kind, transform = KINDS["mask"], centre_transform(None, ("image",), 0, size)
         files = FileConditions(text, "mask", kind, Expected(size), transform, flag="--mask")
-        anew, record = np.stack([files.row(j)["mask"] for j in range(len(files))]), files.record
+        count, anew, record = len(files), lambda j: files.row(j)["mask"], files.record
     factor = model.first_stage.factor
-    kept = kept_codes(anew, factor).any(axis=(1, 2))
-    for j in np.flatnonzero(~kept | ~anew.any(axis=(1, 2))):
+    given = np.stack([kept_codes(anew(j), factor) for j in range(count)])
+    kept = given.any(axis=(1, 2))
+    for j in np.flatnonzero(~kept | given.all(axis=(1, 2))):
         what = "is black: nothing of the picture is made anew" if kept[j] else "keeps no code"
         raise UserError(
-            f"--mask={text}: {f'mask {j} of it ' * (len(anew) > 1)}{what}; a code is kept if none of its "
+            f"--mask={text}: {f'mask {j} of it ' * (count > 1)}{what}; a code is kept if none of its "
             f"{factor}x{factor} pixels is white"
         )
-    return anew, record
+    return Masks(given, functools.lru_cache(_CACHED)(anew), record)
 
 
 def _region(text: str, name: str, share: str, size: tuple[int, int]) -> np.ndarray:

@@ -39,6 +39,7 @@ class Expected:
       names: of the classes of boxes, as far as known.
       box_classes: how many there are.
       flags: of boxes, those that the model tells.
+      points: of one person or thing, key points; 0: any number.
     """
 
     size: tuple[int, int]
@@ -48,6 +49,7 @@ class Expected:
     names: Sequence[str] = ()
     box_classes: int = 0
     flags: Sequence[str] = ()
+    points: int = 0
 
 
 Row = Mapping[str, np.ndarray]
@@ -73,7 +75,7 @@ class Kind:
 
 
 class Files:
-    """The raw examples of some files, a `Source`; pictures are read when they are asked for, JSON at once.
+    """The raw examples of some files, a `Source`; pictures are read when they are asked for, JSON at once and kept.
 
     Attributes:
       kind: what they are.
@@ -98,11 +100,13 @@ class Files:
         """
         self.kind, self._key, self._expected, self._flag = kind, key, expected, flag
         self._items: list[tuple[epath.Path, int]] = []
+        self._parsed: dict[epath.Path, list[Example]] = {}
         digest = hashlib.sha256()
         for path in find(text, kind.suffixes, flag):
             digest.update(bytes.fromhex(storage.sha256(path)))
-            count = len(self._read(path)) if path.name.lower().endswith(JSON) else 1
-            self._items += [(path, number) for number in range(count)]
+            if path.name.lower().endswith(JSON):
+                self._parsed[path] = self._read(path)
+            self._items += [(path, number) for number in range(len(self._parsed.get(path, [path])))]
         if not self._items:
             raise UserError(f"{flag}: {text} holds nothing; there is no layout in it")
         self.sha256 = digest.hexdigest()
@@ -114,7 +118,7 @@ class Files:
 
     def __getitem__(self, index: int) -> Example:
         path, number = self._items[index]
-        return self._read(path)[number]
+        return (self._parsed.get(path) or self._read(path))[number]
 
     def _read(self, path: epath.Path) -> list[Example]:
         try:
@@ -187,6 +191,11 @@ def _keypoints(data: bytes, where: str, expected: Expected) -> list[Example]:
         points = np.array([[0, 0, 0] if p is None else [*p, 1][:3] for p in person], np.float32).reshape(-1, 3)
         if ((points[:, :2] < 0) | (points[:, :2] > 1)).any():
             raise UserError(f"{where}: holds a point outside the picture; x and y are shares of its sides, 0 to 1")
+        if expected.points and len(points) != expected.points:
+            raise UserError(
+                f"{where}: holds {len(points)} points, the model's data have {expected.points}; null stands for an "
+                "unseen one"
+            )
         found.append({"points": points})
     return found
 
@@ -230,7 +239,8 @@ def _object(entry: Any, where: str, expected: Expected) -> tuple[list[float], in
         hint = suggest(str(name), expected.names) if expected.names else ""
         raise UserError(f"{shown}: there is no class '{name}', the ids are 0 to {expected.box_classes - 1}{hint}")
     flags = entry.get("flags", [])
-    for flag in flags if isinstance(flags, list) else [flags]:
+    flags = flags if isinstance(flags, list) else [flags]
+    for flag in flags:
         if flag not in expected.flags:
             raise UserError(f"{shown}: this model knows no flag '{flag}'{suggest(str(flag), expected.flags)}")
     return box, category, sum(1 << FLAGS.index(flag) for flag in set(flags))

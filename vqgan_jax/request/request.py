@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from vqgan_jax.trained_transformer import TrainedTransformer
 _SPLIT = re.compile(r"(val|train)(?::(\d+(?:,\d+)*))?")
 _NUMBER = 16  # of pictures, where neither a flag nor files say it
 _KEPT_BYTES = 1 << 28  # of one key in samples.npz
+_READ_AGAIN = 4096  # pictures of a condition, for samples.npz
 _CACHED = 16  # rows
 
 
@@ -77,7 +78,8 @@ class Request:
         found = dict(record.get("tables") or {})
         for examples in self._examples.values():
             found |= examples.tables
-        if "box_classes" in self._model.condition.keys and "box_classes" not in found and self._data is not None:
+        named = {"box_classes", "keypoints"} & set(self._model.condition.keys)
+        if named - set(found) and self._data is not None:
             try:  # a run that did not record them
                 found |= getattr(open_source(self._data, "val"), "tables", {})
             except UserError:
@@ -94,13 +96,7 @@ class Request:
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Batch arrays of the pictures `indices` [n]: the condition's, and `image` and `given` of completions."""
         keys = [*self._model.condition.keys, *(("image", "given") if self.completion else ())]
-        return self._stacked(indices, keys)
-
-    def _stacked(self, indices: np.ndarray, keys: list[str]) -> dict[str, np.ndarray]:
-        """Some keys of pictures; of a row no more is held."""
-        rows = (self.row(self.row_of(index)) for index in indices)
-        picked = [[row[key] for key in keys] for row in rows]
-        return {key: np.stack(values) for key, values in zip(keys, zip(*picked, strict=True), strict=False)}
+        return _stacked((self.row(self.row_of(index)) for index in indices), keys)
 
     def row_of(self, index: int) -> int:
         """The row of a picture."""
@@ -121,10 +117,24 @@ class Request:
         )
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What each picture was asked for, by batch key, as far as it is small; `given` on the grid of codes."""
-        first = self.rows(np.arange(1))
-        keys = [key for key, x in first.items() if key != "image" and x.nbytes * self.number <= _KEPT_BYTES]
-        return self._stacked(np.arange(self.number), keys) if keys else {}
+        """What each picture was asked for, by batch key, as far as it is small; `given` on the grid of codes.
+
+        Left out are keys that take more than 256 MiB, and pictures, such as masks and edges, of which more than 4096
+        different ones would have to be read again.
+        """
+        order = np.array([self.row_of(index) for index in range(self.number)])
+        found: dict[str, np.ndarray] = {}
+        for part, source in self.parts:
+            rows, place = np.unique(order % len(source), return_inverse=True)
+            first = source.row(int(rows[0]))
+            keys = [key for key in part.keys if first[key].nbytes * self.number <= _KEPT_BYTES]
+            if len(rows) > _READ_AGAIN:
+                keys = [key for key in keys if first[key].shape[:2] != self.size]
+            if keys:
+                found |= {key: x[place] for key, x in _stacked(map(source.row, rows.tolist()), keys).items()}
+        if self.completion:
+            found["given"] = self.completion.given[order % len(self.completion.given)]
+        return found
 
     def _texts(self) -> dict[str, str]:
         """Where each part of the condition comes from, by its first key: what the flags say; "" is in turn or in place.
@@ -145,6 +155,8 @@ class Request:
                 name, source = "", text
             if name:
                 choose("--condition", name, dict.fromkeys(names))
+            if not source:
+                raise UserError(f"--condition={text}: says no source; name 'val' or 'train', or files")
             if name in found or (name == "label" and asked.classes):
                 raise UserError(f"--condition={text}: says a second time where {name or 'conditions'} come from")
             found[name] = source
@@ -213,9 +225,9 @@ class Request:
             transform = centre_transform(self._data, (), 0, self.size)
             kind = KINDS["image"]
             pictures = FileConditions(asked.given, "image", kind, Expected(self.size), transform, flag="--given")
-        anew, mask = open_masks(asked.mask or "lower", model, self.size)
-        completion = Completion(pictures, anew, model.first_stage.factor, asked.paste)
-        return completion, {"pictures": pictures.record, "mask": mask, "paste": asked.paste}
+        masks = open_masks(asked.mask or "lower", model, self.size)
+        completion = Completion(pictures, masks, model.first_stage.factor, asked.paste)
+        return completion, {"pictures": pictures.record, "mask": masks.record, "paste": asked.paste}
 
     def _labels(self) -> np.ndarray:
         """The classes asked for, or all of them, int32."""
@@ -232,7 +244,10 @@ class Request:
         match part:
             case EncodedImage():
                 coco = self._data is not None and self._data.source == "coco_stuff"
-                return Expected(self.size, segments=part.stage.config.autoencoder.in_channels, unlabelled=coco)
+                segments = part.stage.config.autoencoder.in_channels
+                # A picture beyond the trained size may show more things than the data's.
+                points = 0 if self._beyond else len(self.names.get("keypoints", ()))
+                return Expected(self.size, segments=segments, unlabelled=coco, points=points)
             case Objects(config):
                 flags = [flag for flag in FLAGS if flag in config.flags]
                 names = self.names.get("box_classes", [])
@@ -240,3 +255,9 @@ class Request:
                     self.size, objects=config.max_objects, names=names, box_classes=config.classes, flags=flags
                 )
         return Expected(self.size)
+
+
+def _stacked(rows: Iterable[Row], keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """Some keys of rows; of a row no more is held."""
+    picked = [[row[key] for key in keys] for row in rows]
+    return {key: np.stack(values) for key, values in zip(keys, zip(*picked, strict=True), strict=False)}

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from vqgan_jax.config import UserError
 from vqgan_jax.coordinates import pixel_coordinates
 from vqgan_jax.data.pipeline import example_index
-from vqgan_jax.data.source import CorruptExample
+from vqgan_jax.data.source import CorruptExample, readable
 from vqgan_jax.data.sources import open_source
 from vqgan_jax.data.transforms import Transform, sides
 from vqgan_jax.request.files import Expected, Files, Row
@@ -93,18 +93,14 @@ class Examples:
         return self._chosen[j] if self._chosen else example_index(j, self._count, 0)
 
     def row(self, j: int) -> Row:
-        start, count = self._index(j), len(self._source)
-        for index in range(start, start + count):
-            try:
-                example = self._source[index % count]
-            except CorruptExample as error:
-                reason = error
-                continue
-            made = self._transform(example, np.random.default_rng(0))
-            # What is drawn beyond the trained size is the whole picture of its layout.
-            whole = {} if "crop_box" in made else {"crop_box": np.array([0, 0, 1, 1], np.float32)}
-            return made | whole
-        raise UserError(f"--condition={self._split}: nothing of it can be read, such as {reason}")
+        try:
+            example = readable(self._source, self._index(j))
+        except CorruptExample as error:
+            raise UserError(f"--condition={self._split}: nothing of it can be read, such as {error}") from None
+        made = self._transform(example, np.random.default_rng(0))
+        # What is drawn beyond the trained size is the whole picture of its layout.
+        whole = {} if "crop_box" in made else {"crop_box": np.array([0, 0, 1, 1], np.float32)}
+        return made | whole
 
     def name(self, j: int) -> str:
         return f"{self._split} {self._index(j)}"

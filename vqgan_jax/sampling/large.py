@@ -24,7 +24,7 @@ class LargeOptions:
     Attributes:
       stride: of block windows in codes, see `blocks`; 0 for the exact window.
       memory: bytes that encoding and decoding may use on each device; 0 for what there is.
-      tiles: decode in overlapping tiles, fast and approximate.
+      tiles: encode and decode in overlapping tiles of the trained size, approximate.
       folder: keeps what is drawn of a picture, so that a job that was stopped goes on in its midst; None: nowhere.
       every: the folder gets the picture as it is after so many more rows of codes; 0: not.
       progress: called with the share of a batch that is done.

@@ -2,6 +2,7 @@
 over several devices or strip by strip, or approximately in overlapping tiles. Handed functions, not models."""
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -18,7 +19,6 @@ Tree = Any
 Way = Literal["whole", "sharded", "strips", "tiles"]
 Convert = Callable[[Tree, jax.Array], jax.Array]
 InStrips = Callable[[Tree, np.ndarray, int], tuple[np.ndarray, int]]
-TILE, OVERLAP = 32, 8  # of tiles, in codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def compile_sharded(
 
 
 def decode_tiles(
-    decode: Convert, variables: Tree, ids: np.ndarray, factor: int, *, tile: int = TILE, overlap: int = OVERLAP
+    decode: Convert, variables: Tree, ids: np.ndarray, factor: int, *, tile: int, overlap: int
 ) -> np.ndarray:
     """Decodes overlapping tiles by themselves and blends them: fast, and approximate, for each tile's norms and
     attention see that tile alone.
@@ -137,6 +137,42 @@ def decode_tiles(
             rows, columns = (slice(factor * x, factor * (x + s)) for x, s in zip((top, left), sizes, strict=True))
             image[:, rows, columns] += piece * (down[:, None] * across)[..., None]
     return image
+
+
+def encode_tiles(
+    encode: Convert, variables: Tree, x: np.ndarray, factor: int, *, tile: int, overlap: int
+) -> np.ndarray:
+    """Encodes overlapping tiles by themselves, each the codes up to the middle of what it shares with its neighbours:
+    approximate as `decode_tiles`.
+
+    Args:
+      encode: (variables, [b, h, w, ...]) -> ids int32 [b, h / factor, w / factor], jitted.
+      variables: what it takes.
+      x: [b, h, w, ...], any size that `factor` divides.
+      factor: pixels a code.
+      tile: codes a side.
+      overlap: codes that neighbours share at least.
+
+    Returns:
+      int32 [b, h / factor, w / factor].
+    """
+    b, height, width = x.shape[0], x.shape[1] // factor, x.shape[2] // factor
+    sizes = min(tile, height), min(tile, width)
+    tops, lefts = (_tile_starts(n, size, overlap) for n, size in zip((height, width), sizes, strict=True))
+    ids = np.zeros((b, height, width), np.int32)
+    for top, from_row in zip(tops, _middles(tops, sizes[0]), strict=True):
+        for left, from_column in zip(lefts, _middles(lefts, sizes[1]), strict=True):
+            rows, columns = (slice(factor * n, factor * (n + s)) for n, s in zip((top, left), sizes, strict=True))
+            piece = np.asarray(encode(variables, x[:, rows, columns]))
+            ids[:, from_row : top + sizes[0], from_column : left + sizes[1]] = piece[
+                :, from_row - top :, from_column - left :
+            ]
+    return ids
+
+
+def _middles(starts: list[int], size: int) -> list[int]:
+    """Where each tile takes over from the one before it."""
+    return [0, *((before + size + start) // 2 for before, start in itertools.pairwise(starts))]
 
 
 def decode_begun(decode: Callable[[np.ndarray], np.ndarray], ids: np.ndarray, drawn: np.ndarray) -> np.ndarray:

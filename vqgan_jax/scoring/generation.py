@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from vqgan_jax.config import UserError
+from vqgan_jax.data.source import readable
 from vqgan_jax.evals.conditional import CHECKS
 from vqgan_jax.evals.features import Images
 from vqgan_jax.evals.progress import watched
@@ -51,7 +52,7 @@ class Conditions:
         self._read = functools.lru_cache(maxsize=1024)(self._example)
 
     def _example(self, index: int) -> Mapping[str, np.ndarray]:
-        row = self._data.val_transform(self._data.val[index], np.random.default_rng(0))
+        row = self._data.val_transform(readable(self._data.val, index), np.random.default_rng(0))
         return {key: value for key, value in row.items() if key not in ("image", "codes/image")}
 
     def rows(self, labels: np.ndarray, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -71,7 +72,8 @@ class Conditions:
         if set(self.keys) <= {"label"}:
             return self.labels
         examples = min(len(self.labels), len(self._data.val))
-        return np.resize(np.array([self._data.val[k]["label"] for k in range(examples)], np.int32), len(self.labels))
+        labels = [readable(self._data.val, k)["label"] for k in range(examples)]
+        return np.resize(np.array(labels, np.int32), len(self.labels))
 
     def describe(self) -> str:
         """For the result's definition."""

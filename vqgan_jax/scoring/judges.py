@@ -14,6 +14,7 @@ import numpy as np
 from vqgan_jax import weights
 from vqgan_jax.config import UserError
 from vqgan_jax.convert import networks
+from vqgan_jax.data.source import readable
 from vqgan_jax.evals import conditional
 from vqgan_jax.evals.classifier import Classifier, train_classifier
 from vqgan_jax.evals.features import FeatureNet, Images
@@ -56,10 +57,17 @@ def shown_to(judges: Sequence[Judge], images: Images) -> Images:
 
 
 def read_examples(source: Any, transform: Any, most: int) -> dict[str, np.ndarray]:
-    """Up to `most` examples of a source, spread out, as the model sees them: arrays by batch key, `image` in uint8."""
-    rng = np.random.default_rng(0)
-    rows = [transform(source[int(i)], rng) for i in spread(most, len(source))]
-    return {key: to_uint8(x) if key == "image" else x for key in rows[0] for x in [np.stack([r[key] for r in rows])]}
+    """Up to `most` examples of a source, spread out, as the model sees them: arrays by batch key, `image` in uint8.
+    One that cannot be read is replaced by the next that can."""
+    rng, indices = np.random.default_rng(0), spread(most, len(source))
+    found: dict[str, np.ndarray] = {}
+    for place, index in enumerate(indices.tolist()):  # into place: gigabytes are not held twice
+        for key, value in transform(readable(source, index), rng).items():
+            x = to_uint8(value) if key == "image" else np.asarray(value)
+            if key not in found:
+                found[key] = np.empty((len(indices), *x.shape), x.dtype)
+            found[key][place] = x
+    return found
 
 
 def small_classifier(data: setup.Data, seed: int, steps: int) -> tuple[Classifier, float]:
@@ -163,7 +171,7 @@ def condition_judges(keys: Iterable[str], data: setup.Data, asked: Asked, count:
       asked: indices [n] -> what those samples were asked for, by batch key.
       count: samples in all.
     """
-    there = data.val[0].keys()
+    there = readable(data.val, 0).keys()
     judges: list[Judge] = []
     for key in keys:
         learnt = conditional.LEARNT.get(key)

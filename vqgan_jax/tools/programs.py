@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from vqgan_jax import parallel
 from vqgan_jax.conditioning import encoded_keys
 from vqgan_jax.config import UserError, choose
+from vqgan_jax.data.transforms import sides
 from vqgan_jax.models.gpt import GPT, cast_weights
 from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
@@ -163,17 +164,17 @@ def _lpips() -> Tree:
 
 def batch_of(config: ConfigDict, keys: Sequence[str], batch: int, mesh: Mesh) -> Tree:
     """The abstract batch that the pipeline makes of a config's data, sharded over its rows."""
-    size, boxes = config.data.image_size, config.data.max_boxes
+    (h, w), boxes = sides(config.data.image_size), config.data.max_boxes
     grid = tuple(config.model.grid) if is_transformer(config) else ()
-    picture, map_, f, i = (size, size, 3), (size, size, 1), jnp.float32, jnp.int32
+    picture, map_, f, i = (h, w, 3), (h, w, 1), jnp.float32, jnp.int32
     known = {
         "image": (picture, f),
         "keypoints": (picture, f),
         "low_res": (picture, f),
         "depth": (map_, f),
         "edges": (map_, f),
-        "coords": ((size, size, 2), f),
-        "segmentation": ((size, size), i),
+        "coords": ((h, w, 2), f),
+        "segmentation": ((h, w), i),
         "label": ((), i),
         "boxes": ((boxes, 4), f),
         "box_classes": ((boxes,), i),

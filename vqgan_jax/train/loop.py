@@ -181,7 +181,7 @@ def train(
                 trace.close()
             beat(step, "waiting for data")
             batch = next(batches)
-            beat(step, "in a step")
+            beat(step, "in a step", timed=step > start_step)  # the first one compiles, for as long as it takes
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = step_fn(state, batch)
             step += 1

@@ -41,6 +41,8 @@ def replay(
     Raises:
       UserError: the file cannot be read, or does not fit the model.
     """
+    if jax.process_count() > 1:
+        raise UserError("config.replay: takes one process; start it without --distributed")
     try:
         with storage.path(file).open("rb") as opened, np.load(opened) as arrays:
             rows = dict(arrays)
@@ -62,7 +64,9 @@ def replay(
             jax.block_until_ready(jax.jit(step_fn)(state, batch, frozen))
         except FloatingPointError as error:
             ours = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_ours(frame.filename)]
-            place = f"{Path(ours[-1].filename).relative_to(_SOURCE.parent)}:{ours[-1].lineno}: {ours[-1].line}"
+            last = ours[-1] if ours else traceback.extract_tb(error.__traceback__)[-1]
+            file = Path(last.filename)
+            place = f"{file.relative_to(_SOURCE.parent) if ours else file}:{last.lineno}: {last.line}"
             reason = str(error).split(". ")[0].splitlines()[0]
             return f"from the state of step {step}: {reason}, first in {place} (not finite: {', '.join(bad)})"
     return f"from the state of step {step}: infinite without a NaN (not finite: {', '.join(bad)})"
