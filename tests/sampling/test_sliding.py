@@ -118,7 +118,7 @@ def test_the_wavefront_runs_as_many_rows_as_windows_fit_side_by_side():
     assert {length for _, _, length in segments} == {144, 256}  # of 256, most steps look at 144 tokens
 
 
-@pytest.mark.parametrize("stride", [0, 2])
+@pytest.mark.parametrize("stride", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stopped_picture_goes_on_and_devices_do_not_matter(stride):
     model, params = MODELS["depth"]()
     grid = (9, 11)

@@ -156,8 +156,11 @@ def test_the_discriminator_waits_and_the_ramp_grows():
 def test_ema_follows_the_parameters():
     start = tiny_state(SGD)
     state, _ = later_step()(start, first_batch(), {})
-    old, new = (s.params["generator"]["quantizer"]["codebook"] for s in (start, state))
-    averaged = state.ema["generator"]["quantizer"]["codebook"]
-    # the first step's decay is (1 + 0) / (10 + 0)
-    np.testing.assert_allclose(averaged - old, 0.9 * (new - old), rtol=1e-3, atol=1e-8)
-    assert jnp.abs(new - old).max() > 1e-6
+    leaves = (jax.tree.leaves(tree["generator"]) for tree in (start.params, state.params, state.ema))
+    moved = 0
+    for old, new, averaged in zip(*leaves, strict=True):
+        way = jnp.abs(new - old).max()
+        if way > 1e-4:  # else its rounding is what one would see
+            moved += 1  # the first step's decay is (1 + 0) / (10 + 0)
+            np.testing.assert_allclose(averaged - old, 0.9 * (new - old), atol=1e-2 * way)
+    assert moved > 3

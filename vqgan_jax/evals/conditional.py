@@ -24,6 +24,7 @@ _BITS, _BANDS = 4, 4  # of each colour channel in the table; of the height
 _LEVELS = 1 << _BITS
 _ROWS = 64  # pictures that are counted at once: thousands of 256 x 256 pixels would take gigabytes by the temporary
 _DEPTH_STEP = 0.1  # of two depths in [-1, 1] whose order counts
+_ALIKE = 8  # crops that tell a position
 _NEAR = 1 / 32  # of the height: so far off a key point's thing may be
 
 
@@ -204,22 +205,21 @@ class KeypointCheck:
 
 
 class PositionReader:
-    """Where in a larger picture a crop was cut out, by its colours: linear in its means over 8 x 8 blocks."""
+    """Where in a larger picture a crop was cut out: the mean of the real crops that look most like it, by their mean
+    colours over 8 x 8 blocks."""
 
     def __init__(self, crops: np.ndarray, centres: np.ndarray):
-        """Fitted to crops uint8 [n, h, w, 3] whose centres (y, x) are float [n, 2] in [0, 1]."""
-        features = self._features(crops)
-        gram = features.T @ features + 1e-2 * len(crops) * np.eye(features.shape[1])
-        self._weights = np.linalg.solve(gram, features.T @ centres)
+        """Knows crops uint8 [n, h, w, 3] whose centres (y, x) are float [n, 2] in [0, 1]."""
+        self._tree, self._centres = cKDTree(self._features(crops)), centres
 
     def __call__(self, crops: np.ndarray) -> np.ndarray:
         """The centres (y, x) of crops uint8 [n, h, w, 3]: [n, 2]."""
-        return self._features(crops) @ self._weights
+        return self._centres[self._tree.query(self._features(crops), k=_ALIKE)[1]].mean(axis=1)
 
     def _features(self, crops: np.ndarray) -> np.ndarray:
         n, h, w, c = crops.shape
-        means = crops[:, : h // 8 * 8, : w // 8 * 8].reshape(n, 8, h // 8, 8, w // 8, c).mean((2, 4)) / 255
-        return np.concatenate([means.reshape(n, -1), np.ones((n, 1))], axis=1)
+        blocks = crops[:, : h // 8 * 8, : w // 8 * 8].reshape(n, 8, h // 8, 8, w // 8, c)
+        return blocks.mean((2, 4)).reshape(n, -1)
 
 
 class Learnt(NamedTuple):

@@ -119,7 +119,7 @@ class Scored:
                 asked = [condition.draw(batch, (height, width), names)[0]]
             if request.completion:
                 asked.append(request.completion.masked(request.row_of(first)))
-            original = [to_uint8(row["image"])] if "image" in row else []
+            original = [to_uint8(row["image"])] if "image" in row and enlarged == 1 else []  # or it would not fit
             cells = [*asked, *self.samples[first : first + self._each], *original]
             found.append([drawing.resized(cell, height, width) for cell in cells])
         return found

@@ -7,25 +7,25 @@ import numpy as np
 from vqgan_jax import drawing
 from vqgan_jax.tools.task_scores import Shown
 
-CELLS, SIDE = 12, 64  # a row: so many cells of so many pixels
-_GAP, _BETWEEN = 2, 6  # pixels between cells, and between groups of them
+WIDTH = 816  # pixels: three groups of four pictures
+_GAP, _BETWEEN = 2, 8  # pixels between pictures, and between groups of them
+_OTHERS = 3  # conditions further from task to task
 
 
 def draw_sheet(tasks: Iterable[Shown]) -> np.ndarray:
-    """The tasks below each other: uint8 [., ., 3]."""
-    rows = [_row(task) for task in tasks]
-    width = max(row.shape[1] for row in rows)
-    return np.concatenate([_filled(row, row.shape[0] + _BETWEEN, width) for row in rows])
+    """The tasks below each other, each with other conditions than the one above: uint8 [., ., 3]."""
+    return np.concatenate([_row(task, first=_OTHERS * k) for k, task in enumerate(tasks)])
 
 
-def _row(task: Shown) -> np.ndarray:
-    """As many groups of a task as fit, under its title."""
-    width = CELLS * (SIDE + _GAP)
+def _row(task: Shown, first: int) -> np.ndarray:
+    """As many groups of a task as fit, from number `first` on, under its title."""
     groups = [_beside(group, _GAP) for group in task.groups]
-    while sum(group.shape[1] + _BETWEEN for group in groups) - _BETWEEN > width and len(groups) > 1:
+    groups = groups[first % len(groups) :] + groups[: first % len(groups)]
+    while sum(group.shape[1] + _BETWEEN for group in groups) > WIDTH and len(groups) > 1:
         groups.pop()
     pictures = _beside(groups, _BETWEEN)
-    return np.concatenate([drawing.captioned(pictures[:0], f"{task.title}: {task.caption}"), pictures])
+    row = _filled(pictures, pictures.shape[0] + _BETWEEN, max(WIDTH, pictures.shape[1]))
+    return np.concatenate([drawing.captioned(row[:0], f"{task.title}: {task.caption}"), row])
 
 
 def _beside(pictures: list[np.ndarray], gap: int) -> np.ndarray:
