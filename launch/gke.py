@@ -4,8 +4,13 @@
     launch/gke.py --name=vqgan --image=IMAGE --tpu=v5e-16 --slices=2 -- python train_vqgan.py --workdir=gs://B/x ...
 
 kubectl must point at the cluster (gcloud container clusters get-credentials), which needs the JobSet operator. Exit
-code 42 (preempted, saved) and lost nodes restart all slices, however often; crashes --restarts times. No more is
-imported than PyYAML, so that it runs where JAX does not.
+code 42 (preempted, saved) and lost nodes restart all slices, however often; crashes --restarts times. What is compiled
+is kept beside the command's --workdir or --out, for restarts to find; --env=JAX_COMPILATION_CACHE_DIR=... names another
+place. No more is imported than PyYAML, so that it runs where JAX does not.
+
+Through xpk the rules are xpk's own: exit code 42, what was killed (127 and above) and lost nodes restart all slices, at
+most 1000 times together, for xpk does not count preemptions apart; any other exit code, that of a crash (1) too, ends
+the workload. There is no --restarts, --wait, --queue, --service-account or --namespace.
 """
 
 import argparse
@@ -23,6 +28,9 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 PREEMPTED, USER_ERROR, CRASHED = 42, 2, 1  # exit codes, as of the training scripts
 CONTAINER = "main"
+COMMAND = "command"  # the annotation that tells jobs of one name apart
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+XPK_RESTARTS = 1000
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}  # chips
 _CUBES = {
     4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
@@ -75,9 +83,20 @@ def slice_of(tpu: str) -> Slice:
 
 
 def environment(args: argparse.Namespace) -> dict[str, str]:
-    """The variables of the command: several hosts form one job."""
+    """The variables of the command: several hosts form one job, and a pod's own disk is lost when it restarts."""
     several = slice_of(args.tpu).hosts * args.slices > 1
-    return ({"VQGAN_JAX_DISTRIBUTED": "1"} if several else {}) | args.env
+    cache = cache_of(args.command)
+    return ({"VQGAN_JAX_DISTRIBUTED": "1"} if several else {}) | ({CACHE: cache} if cache else {}) | args.env
+
+
+def cache_of(command: Sequence[str]) -> str:
+    """Where a command's compiled programs are kept: beside what it writes; "" where it does not say what that is."""
+    for word, after in zip(command, [*command[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        place = (value if equals else after).rstrip("/")
+        if name in ("--workdir", "--out") and re.fullmatch(r"(gs://[^/]+)?/.+", place):
+            return f"{place.rpartition('/')[0]}/compiled"
+    return ""
 
 
 def manifest(args: argparse.Namespace) -> dict[str, Any]:
@@ -127,7 +146,10 @@ def manifest(args: argparse.Namespace) -> dict[str, Any]:
         "template": {"spec": pod},
     }
     metadata = {"name": args.name, "namespace": args.namespace}
-    metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    metadata["annotations"] = {
+        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool",
+        COMMAND: shlex.join(args.command),
+    }
     if args.queue:
         metadata["labels"] = {"kueue.x-k8s.io/queue-name": args.queue}
     return {
@@ -152,15 +174,16 @@ def manifest(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def xpk_command(args: argparse.Namespace) -> list[str]:
-    """`xpk workload create` for the same job; xpk counts preemptions as restarts, so it is allowed many."""
+    """`xpk workload create` for the same job, as far as xpk can: this file's docstring says what it cannot."""
     where = {"cluster": args.cluster, "project": args.project, "zone": args.zone}
-    command = ["env", *(f"{name}={value}" for name, value in environment(args).items()), *args.command]
+    # xpk hands SIGTERM to the subshell that it puts the command into: exec makes that the command itself.
+    command = ["exec", "env", *(f"{name}={value}" for name, value in environment(args).items()), *args.command]
     return [
         *("xpk", "workload", "create", f"--workload={args.name}"),
         *(f"--{name}={value}" for name, value in where.items() if value),
         *(f"--tpu-type={slice_of(args.tpu).xpk_type}", f"--num-slices={args.slices}"),
         *(f"--docker-image={args.image}", f"--command={shlex.join(command)}"),
-        *(f"--max-restarts={max(args.restarts, 1000)}", f"--termination-grace-period-seconds={args.grace}"),
+        *(f"--max-restarts={XPK_RESTARTS}", f"--termination-grace-period-seconds={args.grace}"),
         *(["--spot"] if args.spot else []),
     ]
 
@@ -205,7 +228,9 @@ def launch(args: argparse.Namespace, shell: Shell) -> int:
     if args.xpk:
         shell.run(*xpk_command(args))
     else:
-        state = state_of(shell, kubectl, name) if args.wait else ""
+        state, command = state_of(shell, kubectl, name) if args.wait else ("", "")
+        if command and command != shlex.join(args.command):
+            raise LaunchError(f"--name={args.name}: there is a JobSet of this name for another command; name another")
         if state == "Failed":  # what stands there under this name is of an earlier try
             shell.run(*kubectl, "delete", *name)
         if state not in ("Running", "Completed"):
@@ -215,7 +240,7 @@ def launch(args: argparse.Namespace, shell: Shell) -> int:
     print(f"its log: {shlex.join([*kubectl, 'logs', '--follow', f'--selector={selector}'])}", file=sys.stderr)
     if not args.wait:
         return 0
-    while (state := state_of(shell, kubectl, name)) not in ("Completed", "Failed"):
+    while (state := state_of(shell, kubectl, name)[0]) not in ("Completed", "Failed"):
         if shell.dry:
             return 0
         if not state:
@@ -224,14 +249,17 @@ def launch(args: argparse.Namespace, shell: Shell) -> int:
     return 0 if state == "Completed" else CRASHED
 
 
-def state_of(shell: Shell, kubectl: Sequence[str], name: Sequence[str]) -> str:
-    """Completed, Failed, Running, Unknown (kubectl does not answer), or "" where there is no such JobSet."""
-    output = "--output=jsonpath={.metadata.name} {.status.terminalState}"
+def state_of(shell: Shell, kubectl: Sequence[str], name: Sequence[str]) -> tuple[str, str]:
+    """Of a JobSet Completed, Failed, Running, Unknown (kubectl does not answer), or "" where there is none; and the
+    command that it is for, "" where that is not known."""
+    fields = ("metadata.name", "status.terminalState", f"metadata.annotations.{COMMAND}")
+    output = f"--output=jsonpath={' '.join(f'{{.{field}}}' for field in fields)}"
     found = shell.read(*kubectl, "get", *name, "--ignore-not-found", output)
     if found is None:
-        return "Unknown"
-    named, _, terminal = found.partition(" ")
-    return terminal or ("Running" if named else "")
+        return "Unknown", ""
+    named, _, rest = found.partition(" ")
+    terminal, _, command = rest.partition(" ")
+    return terminal or ("Running" if named else ""), command
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -250,7 +278,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tpu", default="", help="v4-32, v5e-16, v5p-64, v6e-16, ...")
     parser.add_argument("--slices", type=int, default=1, help="more than one: Multislice")
     parser.add_argument("--spot", action="store_true", help="on spot nodes")
-    parser.add_argument("--restarts", type=int, default=3, help="of crashes; preemptions do not count")
+    parser.add_argument("--restarts", type=int, help="of crashes (3); preemptions do not count; not of --xpk")
     parser.add_argument("--grace", type=int, default=60, help="seconds between SIGTERM and SIGKILL")
     parser.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="environment; any number of them"
@@ -275,6 +303,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", pair, re.DOTALL):
             raise LaunchError(f"--env={pair}: write NAME=VALUE")
     args.env = dict(pair.split("=", 1) for pair in args.env)
+    if not re.fullmatch(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?", args.queue):
+        raise LaunchError(f"--queue={args.queue}: is a label: at most 63 letters, digits, hyphens, dots or underscores")
+    not_of_xpk = [args.wait, args.queue, args.service_account, args.namespace != "default", args.restarts is not None]
     if args.delete:
         return args
     for given, complaint in (
@@ -282,12 +313,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         (args.tpu, "--tpu is missing: such as v5e-16"),
         (command, "no command; write it behind --"),
         (args.cluster or not args.xpk, "--xpk needs --cluster"),
-        (not (args.xpk and args.wait), "--wait: of JobSets that kubectl makes; leave out --xpk"),
-        (args.slices >= 1 and args.restarts >= 0, "--slices counts from 1, --restarts from 0"),
+        (not (args.xpk and any(not_of_xpk)), "--xpk: no --restarts, --wait, --queue, --service-account or --namespace"),
+        (args.slices >= 1 and (args.restarts or 0) >= 0, "--slices counts from 1, --restarts from 0"),
     ):
         if not given:
             raise LaunchError(complaint)
     slice_of(args.tpu)
+    args.restarts = 3 if args.restarts is None else args.restarts
     return args
 
 

@@ -8,7 +8,8 @@
 #   --project=ID    of Google Cloud (that of gcloud's configuration)
 #   --spot          preemptible; a slice that is taken away is created anew and the command goes on
 #   --restarts=N    how often a crash is restarted (3); exit code 42 (preempted, saved) always is, 2 (a user's error) never
-#   --env=K=V       an environment variable of the command; any number of them
+#   --env=K=V       an environment variable of the command; any number of them. Unless JAX_COMPILATION_CACHE_DIR is one,
+#                   what is compiled is kept beside a --workdir or --out in a bucket, for a new slice to find
 #   --runtime=NAME  another software version of the VM than the type's usual one
 #   --poll=SECONDS  between two looks at whether the slice is there (30)
 #   --keep          do not delete the slice at the end
@@ -75,8 +76,45 @@ run() { # runs a command, or prints it
 
 on_workers() { run "${vm[@]}" ssh "$name" "${where[@]}" "--worker=$1" "--command=$2"; }
 
-state() { # ACTIVE, FAILED, ...; nothing where there is no such slice
-  "${queued[@]}" describe "$name" "${where[@]}" '--format=value(state.state)' 2>/dev/null || true
+cache_of() { # a new slice has an empty disk: keeps what is compiled beside what the command writes to a bucket
+  local word before='' place=''
+  for word in ${variables[@]+"${variables[@]}"}; do
+    [[ $word != JAX_COMPILATION_CACHE_DIR=* ]] || return 0
+  done
+  for word in "$@"; do
+    case $before$word in
+      --workdir=gs://?*/?* | --out=gs://?*/?* | --workdirgs://?*/?* | --outgs://?*/?*)
+        place=gs://${word#*gs://}
+        break
+        ;;
+    esac
+    before=''
+    if [[ $word == --workdir || $word == --out ]]; then before=$word; fi
+  done
+  place=${place%/}
+  [[ ! $place ]] || variables+=("JAX_COMPILATION_CACHE_DIR=${place%/*}/compiled")
+}
+
+seen='' now=''
+state() { # sets `now`: ACTIVE, FAILED, ..., NONE where there is no such slice, UNKNOWN where gcloud does not say
+  local errors
+  errors=$(mktemp)
+  if now=$("${queued[@]}" describe "$name" "${where[@]}" '--format=value(state.state)' 2>"$errors"); then
+    now=${now:-UNKNOWN}
+  elif grep -qE 'NOT_FOUND|was not found' "$errors"; then
+    now=NONE
+  else
+    now=UNKNOWN
+    if [[ $seen != UNKNOWN ]]; then cat "$errors" >&2; fi
+  fi
+  rm -f "$errors"
+  # What never answered is a mistake (no login, no such project); what answered before comes back.
+  [[ $now != UNKNOWN || $seen ]] || fail 'gcloud does not answer; look above'
+  seen=$now
+}
+
+await_answer() { # `state`, again and again until gcloud answers
+  while state && [[ $now == UNKNOWN ]]; do sleep "$poll"; done
 }
 
 create() {
@@ -87,12 +125,12 @@ create() {
     run "${queued[@]}" describe "$name" "${where[@]}" '--format=value(state.state)'
     return
   fi
-  local now before=''
-  while now=$(state) && [[ $now != ACTIVE ]]; do
-    [[ $now == "$before" ]] || say "${now:-no such slice yet}"
+  local before=''
+  while state && [[ $now != ACTIVE ]]; do
+    [[ $now == "$before" ]] || say "$now"
     before=$now
     case $now in
-      '')
+      NONE)
         "${queued[@]}" create "$name" "${where[@]}" "${flags[@]}"
         installed=''
         ;;
@@ -122,8 +160,11 @@ start() { # on every worker, without a terminal, so that it survives the connect
   # Workers end up to 100 s after the first one has crashed: that is when JAX misses its heartbeat.
   [[ ! $again ]] || clear="timeout 120 tail --pid=\$(cat launch.pid) -f /dev/null; kill -KILL -- -\$(cat launch.pid)
 "
-  on_workers all "cd $name; ${clear}if ! { [ -e launch.pid ] && kill -0 \$(cat launch.pid); } 2>/dev/null; then
-rm -f launch.code; setsid nohup bash -c $(printf '%q' "$inner") > launch.log 2>&1 < /dev/null & echo \$! > launch.pid; fi"
+  on_workers all "cd $name; told=$(printf '%q' "$inner")
+${clear}if ! { [ -e launch.pid ] && kill -0 \$(cat launch.pid); } 2>/dev/null; then
+rm -f launch.code; printf %s \"\$told\" > launch.command
+setsid nohup bash -c \"\$told\" > launch.log 2>&1 < /dev/null & echo \$! > launch.pid
+elif [ \"\$(cat launch.command)\" != \"\$told\" ]; then echo 'another command runs here; give another --name' >&2; exit 1; fi"
 }
 
 follow() { # shows the first worker's log and sets `code`; empty where the slice has gone
@@ -140,7 +181,8 @@ follow() { # shows the first worker's log and sets `code`; empty where the slice
     on_workers 0 "$tail" || say 'the connection is lost'
     code=$(on_workers 0 "$look" 2>/dev/null || true)
     if [[ ! $code ]]; then
-      [[ $(state) == ACTIVE ]] || return 0
+      await_answer
+      [[ $now == ACTIVE ]] || return 0
       sleep "$poll"
     fi
   done
@@ -151,14 +193,19 @@ if [[ $only && $only != run ]]; then
   exit
 fi
 crashes=0 code='' again='' installed=''
+cache_of "$@"
 while :; do
   [[ $only ]] || create
   if [[ ! $only && ! $installed ]] && ! install; then
-    [[ $(state) == ACTIVE ]] && fail 'could not install; look above, or go on with --only=install'
+    await_answer
+    [[ $now != ACTIVE ]] || fail 'could not install; look above, or go on with --only=install'
     continue # taken away meanwhile
   fi
   installed=1
-  start "$@" || [[ $(state) != ACTIVE ]] || fail 'could not start the command'
+  if ! start "$@"; then
+    await_answer
+    [[ $now != ACTIVE ]] || fail 'could not start the command; look above'
+  fi
   follow
   if [[ $dry_run ]]; then break; fi
   case $code in

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("gcloud", "kubectl", "xpk", "sbatch", "srun", "scontrol", "docker")
+PROGRAMS = ("gcloud", "kubectl", "xpk", "sbatch", "srun", "scontrol", "scancel", "squeue", "docker")
 PROGRAM = f"""#!{sys.executable}
 import json, os, sys
 name, folder = os.path.basename(sys.argv[0]), os.environ["FAKES"]
@@ -26,13 +26,15 @@ for rule in rules:
     if all(part in " ".join([name, *words]) for part in rule["of"]):
         output, code = rule["answers"].pop(0) if len(rule["answers"]) > 1 else rule["answers"][0]
         json.dump(rules, open(rules_file, "w"))
-        print(output, end="")
+        for line in output.splitlines(keepends=True):  # one after the other: a reader that leaves early is noticed
+            print(line, end="", flush=True, file=sys.stderr if output.startswith("ERROR") else sys.stdout)
         sys.exit(code)
 """
 
 
 class Fakes:
-    """What was called, and what is answered: nothing and exit code 0 unless `answer` says otherwise."""
+    """What was called, and what is answered: nothing and exit code 0 unless `answer` says otherwise. Answers that begin
+    with ERROR go to stderr."""
 
     def __init__(self, folder: Path):
         self.folder, self._rules = folder, []

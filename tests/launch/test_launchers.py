@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 
+from launch import gke
 from tests.launch.conftest import ROOT
 from tests.launch.jobset import faults
 
@@ -19,6 +21,8 @@ COMMAND = ("python", "train_vqgan.py", "--workdir=gs://b/a run", "--config.x=(1,
 SHELLS = ("launch/local.sh", "launch/tpu_vm.sh", "launch/slurm.sbatch")
 GKE = ("--name=job", "--image=registry/image:1", "--tpu=v5e-16")
 TPU = ("--name=job", "--zone=us-x1-a", "--tpu=v5e-16", "--poll=0")
+GONE = ("ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource 'queuedResources/job'", 1)
+DENIED = ("ERROR: (gcloud.compute.tpus.queued-resources.describe) You do not have an active account\n", 1)
 
 
 def lines(result):
@@ -41,9 +45,17 @@ def test_shells_are_strict_and_clean(script):
     assert text.startswith("#!/usr/bin/env bash\n") and "\nset -euo pipefail\n" in text
     assert os.access(ROOT / script, os.X_OK)
     subprocess.run(["bash", "-n", ROOT / script], check=True)
-    if shellcheck := shutil.which("shellcheck"):
-        found = subprocess.run([shellcheck, ROOT / script], capture_output=True, text=True)
-        assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("script", SHELLS)
+def test_shellcheck_finds_nothing(script):
+    beside = shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+    shellcheck = beside or shutil.which("shellcheck")
+    if shellcheck is None:
+        missing = "shellcheck is not installed: pip install -r requirements-test.txt"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+    found = subprocess.run([shellcheck, ROOT / script], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
 
 
 @pytest.mark.parametrize("script", [*SHELLS, "launch/gke.py"])
@@ -174,7 +186,7 @@ def test_manifests_are_jobsets(fakes, tpu, slices, accelerator, topology, hosts,
     assert container["resources"]["limits"] == {"google.com/tpu": chips} and container["command"] == list(COMMAND)
     variables = {entry["name"]: entry["value"] for entry in container["env"]}
     several = {"VQGAN_JAX_DISTRIBUTED": "1"} if hosts * slices > 1 else {}
-    assert variables == several | {"A": "b c"}
+    assert variables == several | {gke.CACHE: "gs://b/compiled", "A": "b c"}
 
 
 def test_preemption_restarts_the_jobset_and_a_crash_counts(fakes):
@@ -238,6 +250,62 @@ def test_gke_waits_for_the_end(fakes, end, code):
     assert [call[3] for call in fakes.calls] == ["get", "delete", "apply", "get", "get", "get"]
 
 
+@pytest.mark.parametrize("state", ["", "Failed", "Completed"])
+def test_gke_leaves_another_commands_jobset_alone(fakes, state):
+    """The annotation of a manifest tells: the same command is gone on with, another one is neither run nor deleted."""
+    dry = fakes.run("launch/gke.py", *GKE, "--wait", "--dry-run", "--", *COMMAND).stdout
+    (made,) = [part for part in dry.split("EOF\n") if part.startswith("apiVersion")] or [dry.split("<<'EOF'\n")[1]]
+    annotation = yaml.safe_load(made.split("EOF\n")[0])["metadata"]["annotations"]["command"]
+    assert shlex.split(annotation) == list(COMMAND)
+    fakes.answer("kubectl", "get", answers=[(f"job {state} python other.py", 0)])
+    result = fakes.run("launch/gke.py", *GKE, "--wait", "--poll=0", "--", *COMMAND)
+    assert result.returncode == 2 and "for another command" in result.stderr and result.stderr.count("\n") == 1
+    assert [call[3] for call in fakes.calls] == ["get"]
+    query = next(word for word in fakes.calls[0] if word.startswith("--output"))
+    assert query == "--output=jsonpath={.metadata.name} {.status.terminalState} {.metadata.annotations.command}"
+
+
+def test_gke_attaches_to_the_same_command(fakes):
+    fakes.answer("kubectl", "get", answers=[(f"job  {shlex.join(COMMAND)}", 0), ("job Completed", 0)])
+    assert fakes.run("launch/gke.py", *GKE, "--wait", "--poll=0", "--", *COMMAND).returncode == 0
+    assert [call[3] for call in fakes.calls] == ["get", "get"]
+
+
+def test_names_of_pods_fit_their_labels():
+    """At most 63 characters with what JobSet and Jobs add: JOBSET-slice-SLICE-POD-RANDOM."""
+    args = gke.parse(["--name=" + "a" * 40, "--image=i", "--tpu=v5p-2048", "--slices=256", "--", "true"])
+    (replicated,) = gke.manifest(args)["spec"]["replicatedJobs"]
+    pods = replicated["template"]["spec"]["parallelism"]
+    assert len(f"{args.name}-{replicated['name']}-{replicated['replicas'] - 1}-{pods - 1}-abcde") <= 63
+    with pytest.raises(gke.LaunchError, match="at most 40"):
+        gke.parse(["--name=" + "a" * 41, *GKE[1:], "--", "true"])
+    with pytest.raises(gke.LaunchError, match="at most 63"):
+        gke.parse([*GKE, "--queue=" + "q" * 64, "--", "true"])
+
+
+@pytest.mark.parametrize(
+    ("command", "cache"),
+    [
+        ("python x.py --workdir=gs://b/runs/x", "gs://b/runs/compiled"),
+        ("python x.py --out gs://b/runs/x.json --workdir=gs://b/x", "gs://b/runs/compiled"),
+        ("python x.py --workdir gs://b/x/", "gs://b/compiled"),
+        ("python x.py --workdir=/mnt/runs/x", "/mnt/runs/compiled"),
+        ("python x.py --workdir=runs/x --out", ""),
+        ("python x.py", ""),
+    ],
+)
+def test_pods_keep_what_they_compile(fakes, command, cache):
+    """A pod's disk is empty after a restart; what is named by hand stands."""
+    words = shlex.split(command)
+    assert gke.environment(gke.parse([*GKE, "--", *words])).get(gke.CACHE, "") == cache
+    by_hand = gke.parse([*GKE, f"--env={gke.CACHE}=/c", "--", *words])
+    assert gke.environment(by_hand)[gke.CACHE] == "/c"
+    start = fakes.run("launch/tpu_vm.sh", *TPU, "--dry-run", "--only=run", "--", *words).stdout
+    assert (f"{gke.CACHE}={cache}" in start) == cache.startswith("gs://")
+    start = fakes.run("launch/tpu_vm.sh", *TPU, f"--env={gke.CACHE}=/c", "--dry-run", "--only=run", "--", *words).stdout
+    assert start.count(gke.CACHE) == 1
+
+
 def test_gke_attaches_to_what_runs(fakes):
     fakes.answer("kubectl", "get", answers=[("job ", 0), ("job Completed", 0)])
     assert fakes.run("launch/gke.py", *GKE, "--wait", "--poll=0", "--", *COMMAND).returncode == 0
@@ -251,7 +319,19 @@ def test_xpk(fakes):
     flags = flags_of(call)
     assert flags["tpu-type"] == "v5litepod-16" and flags["num-slices"] == "2" and flags["docker-image"] == GKE[1][8:]
     assert int(flags["max-restarts"]) > 100 and (flags["cluster"], flags["zone"]) == ("c", "z")
-    assert shlex.split(flags["command"]) == ["env", "VQGAN_JAX_DISTRIBUTED=1", *COMMAND]
+    assert shlex.split(flags["command"]) == [
+        "exec",
+        "env",
+        "VQGAN_JAX_DISTRIBUTED=1",
+        f"{gke.CACHE}=gs://b/compiled",
+        *COMMAND,
+    ]
+
+
+@pytest.mark.parametrize("flag", ["--restarts=3", "--wait", "--queue=q", "--service-account=a", "--namespace=n"])
+def test_xpk_says_what_it_cannot(fakes, flag):
+    result = fakes.run("launch/gke.py", *GKE, "--xpk", "--cluster=c", flag, "--", *COMMAND)
+    assert result.returncode == 2 and result.stderr.startswith("error: --xpk: no") and not fakes.calls
 
 
 @pytest.mark.parametrize(
@@ -298,7 +378,7 @@ def answer_tpu(fakes, states, codes=(("0", 0),), **answers):
 
 
 def test_tpu_vm_from_nothing_to_nothing(fakes):
-    answer_tpu(fakes, [("", 1), ("WAITING_FOR_RESOURCES", 0), ("ACTIVE", 0)])
+    answer_tpu(fakes, [GONE, ("WAITING_FOR_RESOURCES", 0), ("ACTIVE", 0)])
     result = fakes.run("launch/tpu_vm.sh", *TPU, "--project=p", "--spot", "--env=A=b c", "--", *COMMAND)
     assert result.returncode == 0, result.stderr
     verbs = ["describe", "create", "describe", "describe", "scp", "install", "start", "follow", "code", "delete"]
@@ -313,7 +393,7 @@ def test_tpu_vm_from_nothing_to_nothing(fakes):
 def test_tpu_vm_dry_run_is_what_runs(fakes):
     printed = lines(fakes.run("launch/tpu_vm.sh", *TPU, "--dry-run", "--", *COMMAND))
     assert not fakes.calls
-    answer_tpu(fakes, [("", 1), ("ACTIVE", 0)])
+    answer_tpu(fakes, [GONE, ("ACTIVE", 0)])
     assert fakes.run("launch/tpu_vm.sh", *TPU, "--", *COMMAND).returncode == 0
     asked = [call for call in fakes.calls if call[4] != "describe"]
     assert [line for line in printed if line[0] == "gcloud" and line[4] != "describe"] == asked
@@ -339,12 +419,46 @@ def test_tpu_vm_workers_run_the_very_words(fakes, tmp_path):
 
 def test_tpu_vm_asks_again_for_what_was_taken_away(fakes):
     """The slice goes while the command runs: no exit code and no state ACTIVE. It is deleted and created anew."""
-    states = [("ACTIVE", 0), ("SUSPENDED", 0), ("SUSPENDED", 0), ("", 1), ("ACTIVE", 0)]
+    states = [("ACTIVE", 0), ("SUSPENDED", 0), ("SUSPENDED", 0), GONE, ("ACTIVE", 0)]
     answer_tpu(fakes, states, codes=[("", 255), ("0", 0)])
     assert fakes.run("launch/tpu_vm.sh", *TPU, "--spot", "--restarts=0", "--", *COMMAND).returncode == 0
     run = ["scp", "install", "start", "follow", "code"]
     again = ["describe", "describe", "delete", "describe", "create", "describe"]
     assert actions(fakes.calls) == ["describe", *run, *again, *run, "delete"]
+
+
+def test_tpu_vm_does_not_take_silence_for_an_end(fakes):
+    """gcloud fails for another reason than that there is no such slice: at first that is a mistake, later it passes."""
+    answer_tpu(fakes, [DENIED])
+    result = fakes.run("launch/tpu_vm.sh", *TPU, "--", *COMMAND)
+    assert result.returncode == 2 and "active account" in result.stderr and "gcloud does not answer" in result.stderr
+    assert actions(fakes.calls) == ["describe"]
+
+
+def test_tpu_vm_waits_until_gcloud_answers_again(fakes):
+    """The connection is lost while the command runs, then gcloud's answers are: nothing is created or run twice."""
+    answer_tpu(fakes, [("ACTIVE", 0), DENIED, DENIED, ("ACTIVE", 0)], codes=[("", 255), ("0", 0)])
+    result = fakes.run("launch/tpu_vm.sh", *TPU, "--", *COMMAND)
+    assert result.returncode == 0 and result.stderr.count("active account") == 1
+    names = actions(fakes.calls)
+    assert "create" not in names and names.count("start") == 1 and names.count("delete") == 1
+
+
+def test_tpu_vm_does_not_follow_another_command(fakes, tmp_path):
+    """What the workers are told where something runs already: the same is gone on with, another thing is an error."""
+    fakes.run("launch/tpu_vm.sh", *TPU, "--dry-run", "--", "true")
+
+    def told(*words):
+        printed = lines(fakes.run("launch/tpu_vm.sh", *TPU, "--dry-run", "--only=run", "--", *words))
+        return next(flags_of(line)["command"] for line in printed if "nohup" in line[-1])
+
+    (tmp_path / "job").mkdir()
+    for words, code in ((("sleep", "60"), 0), (("sleep", "60"), 0), (("sleep", "61"), 1)):
+        found = subprocess.run(["bash", "-c", told(*words)], cwd=tmp_path, capture_output=True, text=True)
+        assert found.returncode == code, found.stderr
+        pid = int((tmp_path / "job" / "launch.pid").read_text())
+    assert "another command runs here" in found.stderr
+    os.killpg(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -412,26 +526,77 @@ def test_slurm_submits_itself(fakes):
     assert printed == [call] and len(fakes.calls) == 1
 
 
+def in_job(tmp_path, **variables):
+    return dict(SLURM_JOB_ID="9", SLURM_NTASKS="2", SLURM_SUBMIT_DIR=str(tmp_path), **variables)
+
+
 @pytest.mark.parametrize(
-    ("code", "restarts", "requeued"), [(0, 0, False), (42, 9, True), (1, 2, True), (1, 3, False), (2, 0, False)]
+    ("codes", "requeued"),
+    [([0], []), ([42, 42, 42, 42, 0], [True] * 4), ([1, 42, 137, 42, 1], [True] * 4), ([1, 1, 2], [True, True])],
+    ids=str,
 )
-def test_slurm_requeues_what_should_be(fakes, code, restarts, requeued):
-    fakes.answer("srun", answers=[("", code)])
-    job = dict(SLURM_JOB_ID="9", SLURM_NTASKS="2", SLURM_RESTART_COUNT=str(restarts), LAUNCH_RESTARTS="3")
-    assert fakes.run("launch/slurm.sbatch", *COMMAND, **job).returncode == code
-    assert fakes.calls[0][0] == "srun" and fakes.calls[0][-len(COMMAND) :] == list(COMMAND)
-    assert (["scontrol", "requeue", "9"] in fakes.calls) == requeued
+def test_slurm_requeues_what_should_be(fakes, tmp_path, codes, requeued):
+    """Preemptions are no crashes, though Slurm's own count of restarts holds both; here two crashes are allowed."""
+    fakes.answer("srun", answers=[("", code) for code in codes])
+    for count, (code, again) in enumerate(zip(codes, [*requeued, False], strict=True)):
+        job = in_job(tmp_path, LAUNCH_RESTARTS="2", SLURM_RESTART_COUNT=str(count))
+        before = len(fakes.calls)
+        assert fakes.run("launch/slurm.sbatch", *COMMAND, **job).returncode == code
+        calls = fakes.calls[before:]
+        assert calls[0][0] == "srun" and calls[0][-len(COMMAND) :] == list(COMMAND)
+        assert (["scontrol", "requeue", "9"] in calls) == again
+    assert not list(tmp_path.glob(".launch*"))  # the count went with the job
+
+
+def test_slurm_does_not_requeue_what_was_cancelled(fakes, tmp_path):
+    fakes.answer("srun", answers=[("", 42)])
+    rest = '  "comment": "",\n' * 5000  # a reader that leaves at the word it looks for breaks the pipe
+    fakes.answer("scontrol", "show", answers=[(f'{{"job_state": ["CANCELLED", "COMPLETING"],\n{rest}}}', 0)])
+    result = fakes.run("launch/slurm.sbatch", *COMMAND, **in_job(tmp_path))
+    assert result.returncode == 42 and "cancelled" in result.stderr
+    assert not any("requeue" in call for call in fakes.calls)
+
+
+def test_slurm_names_its_own_task_of_an_array(fakes, tmp_path):
+    """The number of one task's job is the whole array's too: what is said of it would be said of all tasks."""
+    fakes.answer("srun", answers=[("", 42)])
+    fakes.run("launch/slurm.sbatch", *COMMAND, **in_job(tmp_path, SLURM_ARRAY_JOB_ID="9", SLURM_ARRAY_TASK_ID="3"))
+    assert [call[-1] for call in fakes.calls if call[0] == "scontrol"] == ["9_3", "9_3"]
 
 
 def test_slurm_hands_sigterm_on(fakes, tmp_path):
-    program = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(42)); "
+    """As srun does, the fake one kills its task on SIGTERM; scancel is what signals the task, which saves."""
+    program = "import os, signal, sys, time; signal.signal(15, lambda *_: sys.exit(42)); "
+    program += f"open({str(tmp_path / 'task')!r}, 'w').write(str(os.getpid())); "
     program += f"open({str(tmp_path / 'started')!r}, 'w'); time.sleep(60)"
-    (fakes.folder / "bin" / "srun").write_text(f"#!/bin/bash\nexec {shlex.join([sys.executable, '-c', program])}\n")
-    environment = fakes.environment | {"SLURM_JOB_ID": "9"}
+    task = shlex.join([sys.executable, "-c", program])
+    srun = f"trap 'kill -9 $task' TERM; {task} & task=$!; wait $task; code=$?; wait $task || code=$?; exit $code"
+    (fakes.folder / "bin" / "srun").write_text(f"#!/bin/bash\n{srun}\n")
+    scancel = f'[ "$*" = "--signal=TERM 9" ] && kill -TERM $(cat {tmp_path / "task"})'
+    (fakes.folder / "bin" / "scancel").write_text(f"#!/bin/bash\n{scancel}\n")
+    environment = fakes.environment | in_job(tmp_path)
     job = subprocess.Popen([ROOT / "launch/slurm.sbatch", "true"], env=environment, stderr=subprocess.DEVNULL)
     started(tmp_path, 1)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(30) == 42 and fakes.calls == [["scontrol", "requeue", "9"]]
+    assert job.wait(30) == 42 and ["scontrol", "requeue", "9"] in fakes.calls
+
+
+def test_slurm_tells_the_shell_before_a_time_limit():
+    """So a limit ends as a preemption does: the shell is told while there is time to save, the tasks through it."""
+    assert "\n#SBATCH --signal=B:TERM@180\n" in (ROOT / "launch/slurm.sbatch").read_text()
+    assert "\n#SBATCH --requeue\n" in (ROOT / "launch/slurm.sbatch").read_text()
+
+
+@pytest.mark.parametrize(("codes", "runs", "ends"), [([42, 42, 0], 3, 0), ([1, 42, 1], 3, 1), ([2], 1, 2)], ids=str)
+def test_slurm_in_an_allocation_runs_there(fakes, tmp_path, codes, runs, ends):
+    """Within salloc the same line as outside runs a step, starts again there, and requeues and submits nothing."""
+    fakes.answer("srun", answers=[("", code) for code in codes])
+    flags = ("--nodes=2", "--restarts=1", "--name=job")
+    result = fakes.run("launch/slurm.sbatch", *flags, "--", *COMMAND, **in_job(tmp_path))
+    assert result.returncode == ends and [call[0] for call in fakes.calls] == ["srun"] * runs
+    assert {"--nodes=2", "--job-name=job"} <= set(fakes.calls[0]) and fakes.calls[0][-len(COMMAND) :] == list(COMMAND)
+    printed = lines(fakes.run("launch/slurm.sbatch", *flags, "--dry-run", "--", *COMMAND, **in_job(tmp_path)))
+    assert printed == [fakes.calls[0]] and not list(tmp_path.glob(".launch*"))
 
 
 # What is installed

@@ -1,5 +1,8 @@
 """A sweep's plan: trials from overrides, validated against the config, and stages that are the same made once."""
 
+import json
+import re
+
 import pytest
 
 from configs import common
@@ -83,6 +86,32 @@ def test_a_stage_is_known_by_its_config_not_by_its_place(write):
     assert {name for name in later & names} == {name for name in names if name.startswith("tokenizer")}
     overridden = plan(config, settings=["scores.samples=8"])
     assert all("--samples=8" in s.words for s in overridden.stages.values() if s.name.startswith("scores"))
+
+
+def test_clusters_hold_the_jobs_of_two_sweeps(write):
+    """The same stages in two folders: the same digests, other jobs; names that clusters take, whatever the stages'."""
+    config = write(CHAIN.replace('"gpt":', '"Gpt_2":').replace("{gpt}", "{Gpt_2}").replace('"gpt.', '"Gpt_2.'))
+    first, second = make_plan(config, "gs://b/x", check=None), make_plan(config, "gs://b/y", check=None)
+    assert [s.digest for s in first.stages.values()] == [s.digest for s in second.stages.values()]
+    jobs = [s.job for plan in (first, second) for s in plan.stages.values()]
+    assert len(set(jobs)) == len(jobs) == 20
+    jobs += [trials._job(kind, "digest", "runs/x") for kind in ("2nd", "_", "Ä" * 50, "long_" * 20)]
+    assert all(re.fullmatch("[a-z]([-a-z0-9]{0,38}[a-z0-9])", job) for job in jobs), jobs
+
+
+def test_a_plan_knows_whether_it_still_holds(write):
+    config = write(CHAIN)
+    made = plan(config, settings=["gpt.batch_size=16"])
+    made = Plan.from_json(json.loads(json.dumps(made.to_json())))
+    trials.check_unchanged(made, made.stages.values())
+    write(CHAIN.replace("--config.steps=30", "--config.steps=31"))
+    with pytest.raises(UserError, match="tokenizer-codebook_size=64-.*: is not what .* says by now"):
+        trials.check_unchanged(made, made.stages.values())
+    write(CHAIN.replace('--out={out}.json"', '--out={out}.json", "--samples=1"'))
+    unscored = [s for s in made.stages.values() if not s.name.startswith("scores")]
+    trials.check_unchanged(made, unscored)
+    with pytest.raises(UserError, match="scores-"):
+        trials.check_unchanged(made, made.stages.values())
 
 
 def test_without_a_chain_it_is_the_configs_trainer(write):

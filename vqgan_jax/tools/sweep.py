@@ -10,70 +10,26 @@ What is behind -- goes to the launcher. What a config may define: vqgan_jax/tool
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
-from vqgan_jax import storage
+from vqgan_jax import cli, storage
 from vqgan_jax.config import UserError, choose
-from vqgan_jax.tools import report, tables
-from vqgan_jax.tools.trials import ROOT, Plan, Stage, make_plan
-from vqgan_jax.train.loop import PREEMPTED
+from vqgan_jax.exit_codes import PREEMPTED
+from vqgan_jax.tools import platforms, report, tables
+from vqgan_jax.tools.platforms import LAUNCHERS, SCRIPT, TASK, Started
+from vqgan_jax.tools.sweep_folder import LEFT, PLAN, RUNS, Folder, Holder
+from vqgan_jax.tools.trials import ROOT, Plan, Stage, check_unchanged, make_plan
 from vqgan_jax.train.metric_writer import JSON_LINES
 
-PLAN, DONE, LOGS = "sweep.json", "done", "logs"  # in the sweep's folder
-SCRIPT = "launch/sweep.py"
-TASK = "SLURM_ARRAY_TASK_ID"
-# How each platform is asked for one command, and the python of that command.
-LAUNCHERS: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "local": (("launch/local.sh", "--with-parent"), sys.executable),
-    "gke": ((sys.executable, "launch/gke.py", "--wait"), "python"),
-    "tpu_vm": (("launch/tpu_vm.sh",), "python"),
-    "slurm": (("launch/slurm.sbatch",), "python"),
-}
-
-
-class Started(Protocol):
-    """A command that runs: what `subprocess.Popen` offers."""
-
-    def poll(self) -> int | None: ...
-
-    def send_signal(self, number: int) -> None: ...
-
-
-class Folder:
-    """A sweep's folder: its plan, and which stages have ended well."""
-
-    def __init__(self, out: str):
-        self.path = storage.path(out)
-
-    def write_plan(self, plan: Plan) -> None:
-        """Raises UserError where the folder cannot be written."""
-        storage.make_folder(self.path, f"--out={self.path}")
-        storage.write_json(self.path / PLAN, plan.to_json())
-
-    def read_plan(self) -> Plan:
-        """Raises UserError where there is none."""
-        try:
-            return Plan.from_json(json.loads((self.path / PLAN).read_text()))
-        except FileNotFoundError:
-            raise UserError(f"--out={self.path}: no {PLAN} there; name the swept config with --config") from None
-
-    def done(self) -> set[str]:
-        """Names of the stages that have ended well, in this start or an earlier one."""
-        return {file.stem for file in storage.files(self.path / DONE)}
-
-    def mark(self, stage: Stage, seconds: float) -> None:
-        """Notes that a stage has ended well."""
-        record = {"command": shlex.join(["python", *stage.words]), "seconds": round(seconds, 1)}
-        storage.write_json(self.path / DONE / f"{stage.name}.json", record)
+STOPPED, NOT_BEGUN = "stopped", "not begun"  # of stages, once the sweep was told to stop
 
 
 def run_stages(
@@ -87,25 +43,32 @@ def run_stages(
 ) -> dict[str, str]:
     """Runs every stage that is not done, at most `jobs` at once, each after those that it needs.
 
+    A stage that another runner of the folder holds is not run. One that a dead runner has left behind is waited for.
+
     Args:
       plan: what to run.
-      folder: where what is done is noted.
+      folder: where what is done, and who runs what, is noted.
       start: starts a stage's command.
       jobs: at most so many at once.
       told_to_stop: asked again and again; once true, nothing is started any more and SIGTERM goes to what runs.
       pause: seconds between two looks.
 
     Returns:
-      What did not end well by the stage's name, with the reason: "exit code 3", "needs NAME", "stopped".
+      What did not end well by the stage's name, with the reason: "exit code 3", "needs NAME", STOPPED, NOT_BEGUN, who
+      runs it.
+
+    Raises:
+      UserError: of a stage something else was done than the plan says.
     """
-    done, failed = folder.done(), {}
+    done, failed = folder.done(plan), {}
     waiting = [stage for stage in plan.stages.values() if stage.name not in done]
     running: dict[str, tuple[Stage, Started, float]] = {}
+    waited_for: set[str] = set()
     total, stopped = len(plan.stages), False
     while waiting or running:
         if not stopped and told_to_stop():
             stopped = True
-            failed |= {stage.name: "stopped" for stage in waiting}
+            failed |= {stage.name: NOT_BEGUN for stage in waiting}
             waiting = []
             for _, command, _ in running.values():
                 command.send_signal(signal.SIGTERM)
@@ -114,9 +77,27 @@ def run_stages(
                 failed[stage.name] = f"needs {lost}"
                 waiting.remove(stage)
             elif len(running) < jobs and done.issuperset(stage.needs):
-                print(f"[{len(done) + len(running) + 1}/{total}] {shlex.join(['python', *stage.words])}", flush=True)
-                running[stage.name] = (stage, start(stage), time.monotonic())
+                if (holder := folder.claim(stage)) is not None and (state := holder.state()) != RUNS:
+                    if state == LEFT and stage.name not in waited_for:
+                        left = f"process {holder.command[0]}, which a runner that died has left behind"
+                        print(f"{stage.name}: waits for {left}", flush=True)
+                        waited_for.add(stage.name)
+                    continue
                 waiting.remove(stage)
+                if holder is not None:
+                    failed[stage.name] = _held(folder, stage, holder)
+                elif folder.is_done(stage):
+                    folder.release(stage)
+                    done.add(stage.name)
+                elif changed := _changed(plan, stage):
+                    folder.release(stage)
+                    failed[stage.name] = changed
+                else:
+                    number = len(done) + len(running) + 1
+                    print(f"[{number}/{total}] {shlex.join(['python', *stage.words])}", flush=True)
+                    command = start(stage)
+                    folder.note_command(stage, command.pid)
+                    running[stage.name] = (stage, command, time.monotonic())
         for name, (stage, command, began) in list(running.items()):
             if (code := command.poll()) is None:
                 continue
@@ -125,97 +106,69 @@ def run_stages(
                 folder.mark(stage, time.monotonic() - began)
                 done.add(name)
             else:
-                failed[name] = "stopped" if stopped else f"exit code {code}"
+                failed[name] = STOPPED if stopped else f"exit code {code}"
                 print(f"{name}: {failed[name]}", file=sys.stderr, flush=True)
-        if running:
+            folder.release(stage)
+        if waiting or running:
             time.sleep(pause)
     return failed
 
 
-def launcher(on: str, flags: Sequence[str], folder: Folder, jobs: int) -> Callable[[Stage], Started]:
-    """Returns what starts a stage on a platform. With several jobs each writes a log of its own."""
-
-    def start(stage: Stage) -> Started:
-        if jobs == 1 or storage.is_remote(folder.path):
-            return subprocess.Popen(_line(on, flags, stage), cwd=ROOT, start_new_session=True)
-        logs = storage.make_folder(folder.path / LOGS, f"--out={folder.path}")
-        with open(logs / f"{stage.name}.log", "ab") as file:
-            return subprocess.Popen(
-                _line(on, flags, stage), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
-
-    return start
-
-
-def _line(on: str, flags: Sequence[str], stage: Stage) -> list[str]:
-    """The launcher's command line for a stage."""
-    command, python = LAUNCHERS[on]
-    return [*command, f"--name={stage.job}", *flags, "--", python, *stage.words]
-
-
-def slurm_lines(plan: Plan, done: set[str], out: str, flags: Sequence[str], jobs: int) -> Iterator[list[str]]:
-    """The submissions of a sweep: an array for each depth of the chain, after the array before it, and the report.
-
-    Yields:
-      Command lines without --dependency; each prints the job that the next depends on.
-    """
-    command, python = LAUNCHERS["slurm"]
-    depths: dict[str, int] = {}
-    levels: dict[int, list[int]] = {}
-    for index, stage in enumerate(plan.stages.values()):
-        depths[stage.name] = 1 + max((depths[need] for need in stage.needs), default=0)
-        if stage.name not in done:
-            levels.setdefault(depths[stage.name], []).append(index)
-    for depth, indices in sorted(levels.items()):
-        array = f"--array={','.join(map(str, indices))}%{jobs}"
-        yield [*command, f"--name=sweep-{depth}", array, *flags, "--", python, SCRIPT, f"--out={out}", "--run"]
-    yield [
-        *command,
-        "--name=sweep-report",
-        *flags,
-        "--nodes=1",
-        "--ntasks=1",
-        "--",
-        python,
-        SCRIPT,
-        f"--out={out}",
-        "--report",
-    ]
-
-
-def submit(lines: Iterator[list[str]]) -> None:
-    """Runs submissions, each to begin when the one before has ended, well or not. Raises UserError."""
-    job = ""
-    for line in lines:
-        line = [*line[:1], *([f"--dependency=afterany:{job}"] if job else []), *line[1:]]
-        try:
-            found = subprocess.run(line, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-        except (subprocess.CalledProcessError, OSError) as error:
-            raise UserError(f"could not submit ({error}): {shlex.join(line)}") from None
-        job = found.stdout.strip().partition(";")[0]
-        print(f"submitted {job}: {shlex.join(line)}", flush=True)
-
-
 def run_one(plan: Plan, folder: Folder, index: int) -> int:
-    """Runs the stage number `index` here, in every process of its job, and notes that it is done. Its exit code."""
+    """Runs the stage number `index` here, in every process of its job, and notes that it is done. Its exit code.
+
+    `folder` claims for the whole job.
+    """
     stages = list(plan.stages.values())
     if not 0 <= index < len(stages):
         raise UserError(f"--run={index}: there are stages 0 to {len(stages) - 1}")
     stage = stages[index]
-    if lost := sorted(set(stage.needs) - folder.done()):
+    if folder.is_done(stage):
+        print(f"{stage.name}: is done", flush=True)
+        return 0
+    if lost := sorted(set(stage.needs) - folder.done(plan)):
         raise UserError(f"{stage.name}: needs {', '.join(lost)}, which did not end well")
-    began = time.monotonic()
+    check_unchanged(plan, [stage])
+    first = os.environ.get("SLURM_PROCID", "0") == "0"
     with _stop_request() as told_to_stop:
+        while (holder := (folder.claim if first else folder.holder)(stage)) is not None:
+            if holder.state() == RUNS:
+                raise UserError(f"{stage.name}: {_held(folder, stage, holder)}")
+            if told_to_stop():
+                return PREEMPTED
+            time.sleep(0.2)
+        if folder.is_done(stage):  # by whoever held it meanwhile
+            if first:
+                folder.release(stage)
+            return 0
+        began = time.monotonic()
         command = subprocess.Popen([sys.executable, *stage.words], cwd=ROOT)
+        if first:
+            folder.note_command(stage, command.pid)
         handed_on = False
         while (code := command.poll()) is None:
             if told_to_stop() and not handed_on:
                 command.send_signal(signal.SIGTERM)
                 handed_on = True
             time.sleep(0.2)
-    if code == 0 and os.environ.get("SLURM_PROCID", "0") == "0":
-        folder.mark(stage, time.monotonic() - began)
+    if first:
+        if code == 0:
+            folder.mark(stage, time.monotonic() - began)
+        folder.release(stage)
     return code if code >= 0 else 128 - code
+
+
+def _held(folder: Folder, stage: Stage, holder: Holder) -> str:
+    return f"is run by {holder}; should that be dead, delete {folder.claims(stage)}"
+
+
+def _changed(plan: Plan, stage: Stage) -> str:
+    """What `check_unchanged` says of a stage, "" where nothing is wrong."""
+    try:
+        check_unchanged(plan, [stage])
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def write_report(plan: Plan, folder: Folder, title: str) -> list[Any]:
@@ -224,14 +177,15 @@ def write_report(plan: Plan, folder: Folder, title: str) -> list[Any]:
     Raises:
       UserError: nothing is there yet.
     """
-    done = folder.done()
+    done = folder.done(plan)
     results = {stage.name: _results(stage) for stage in plan.stages.values() if stage.name in done}
     rows = {}
     for trial in plan.trials:
         row: dict[str, Any] = {}
         for name in trial.stages:
             for found in report.gather_rows(results.get(name, [])).values():
-                row |= found
+                again = {_column(figure) for figure in found}  # a later stage's word on the same counts
+                row = {figure: value for figure, value in row.items() if _column(figure) not in again} | found
         if row:
             rows[tables.named(trial.name, row)] = row
     workdirs = [path for paths in results.values() for path in paths if not path.endswith(".json")]
@@ -240,6 +194,11 @@ def write_report(plan: Plan, folder: Folder, title: str) -> list[Any]:
     files = report.report(workdirs, str(folder.path / "report.html"), title, rows)
     print(tables.markdown(rows), flush=True)
     return files
+
+
+def _column(figure: str) -> tuple[str, str]:
+    """What a table's column says of itself: some figures have two names."""
+    return tables.figure(figure).label, tables.figure(figure).unit
 
 
 def _results(stage: Stage) -> list[str]:
@@ -259,29 +218,6 @@ def describe(plan: Plan, done: set[str]) -> str:
     left = sum(name not in done for name in plan.stages)
     lines.append(f"{len(plan.trials)} trials, {len(plan.stages)} stages, {left} to do")
     return "\n".join(lines)
-
-
-def check_flags(words: Sequence[str]) -> None:
-    """Lets a script that has no config check its flags. Raises UserError with what it says."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, *words, "--only_check_args"]
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if found.returncode:
-        said = [line.removeprefix("error: ") for line in found.stderr.splitlines() if line.strip()]
-        raise UserError(f"{words[0]}: {said[-1] if said else f'exit code {found.returncode}'}")
-
-
-def check_once() -> Callable[[Sequence[str]], None]:
-    """`check_flags` of what it has not seen: places aside, most trials have the same flags."""
-    seen = set()
-
-    def check(words: Sequence[str]) -> None:
-        flags = tuple(word for word in words if not word.startswith(("--workdir=", "--out=")))
-        if flags not in seen:
-            check_flags(words)
-            seen.add(flags)
-
-    return check
 
 
 @contextlib.contextmanager
@@ -335,6 +271,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--report", action="store_true", help="write the table and the page of what is done, and no more"
     )
+    parser.add_argument("--plan", default=PLAN, help="which plan of the folder --run and --report take")
     parser.add_argument(
         "--run", nargs="?", const=-1, type=int, metavar="N", help=f"run stage N alone (by default ${TASK})"
     )
@@ -353,41 +290,48 @@ def sweep(args: argparse.Namespace) -> int:
     out, folder = named_from_root(args.out), Folder(args.out)
     if args.run is not None:
         index = int(os.environ.get(TASK, "-1")) if args.run < 0 else args.run
-        return run_one(folder.read_plan(), folder, index)
+        return run_one(folder.read_plan(args.plan), Folder(args.out, as_job=True), index)
     if args.config:
         quick = args.list or args.report or args.dry_run
         names = args.sweep.split(",") if args.sweep else ()
-        plan = make_plan(args.config, out, sweeps=names, settings=args.set, check=None if quick else check_once())
+        check = None if quick else platforms.check_once()
+        plan = make_plan(args.config, out, sweeps=names, settings=args.set, check=check)
         if not quick:
             folder.write_plan(plan)
     else:
-        plan = folder.read_plan()
+        plan = folder.read_plan(args.plan)
+    done = folder.done(plan)
     if args.list:
-        print(describe(plan, folder.done()), flush=True)
+        print(describe(plan, done), flush=True)
         return 0
     failed: dict[str, str] = {}
     if args.on == "slurm" and not args.report:
-        lines = slurm_lines(plan, folder.done(), out, args.flags, args.jobs)
+        submitted = folder.name_of(plan) if args.dry_run else folder.submit_plan(plan)
+        lines = platforms.slurm_lines(plan, done, out, submitted, args.flags, args.jobs)
         if args.dry_run:
             for line in lines:
                 print(shlex.join(line), flush=True)
         else:
-            submit(lines)
+            platforms.submit(lines)
         return 0
     if args.dry_run:
         for stage in plan.stages.values():
-            if stage.name not in folder.done():
-                print(shlex.join(_line(args.on, args.flags, stage)), flush=True)
+            if stage.name not in done:
+                print(shlex.join(platforms.launch_line(args.on, args.flags, stage)), flush=True)
         return 0
     if not args.report:
-        print(describe(plan, folder.done()), flush=True)
+        check_unchanged(plan, [stage for name, stage in plan.stages.items() if name not in done])
+        print(describe(plan, done), flush=True)
         with _stop_request() as told_to_stop:
-            start = launcher(args.on, args.flags, folder, args.jobs)
+            start = platforms.launcher(args.on, args.flags, folder, args.jobs)
             failed = run_stages(plan, folder, start, jobs=args.jobs, told_to_stop=told_to_stop)
-        if "stopped" in failed.values():
+        if {STOPPED, NOT_BEGUN} & set(failed.values()):
+            for name in (name for name, reason in failed.items() if reason == STOPPED):
+                if line := platforms.delete_line(args.on, args.flags, plan.stages[name]):
+                    print(f"{name}: may go on running, and cost; to delete it: {shlex.join(line)}", file=sys.stderr)
             print(f"stopped; to go on: python {SCRIPT} --out={args.out}", file=sys.stderr)
             return PREEMPTED
-    for file in write_report(plan, folder, title=args.config.partition(":")[0] or out) if folder.done() else ():
+    for file in write_report(plan, folder, title=args.config.partition(":")[0] or out) if folder.done(plan) else ():
         print(f"wrote {file}", flush=True)
     for name, reason in failed.items():
         print(f"error: {name}: {reason}", file=sys.stderr)
@@ -396,16 +340,7 @@ def sweep(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    try:
-        return sweep(parse(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        message = str(error)
-    except Exception as error:
-        if not storage.is_bucket_error(error):
-            raise
-        message = f"gs://: the bucket does not answer as it should ({' '.join(str(error).split()) or repr(error)})"
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+    return cli.exit_code(lambda: sweep(parse(sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__":

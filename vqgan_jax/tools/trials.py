@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +19,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-import vqgan_jax
 from vqgan_jax.config import UserError, plain, suggest
+from vqgan_jax.tools.steps import ROOT
 
-ROOT = Path(vqgan_jax.__file__).resolve().parent.parent
 ARGUMENT = "arg"  # the override that is a config's argument, the text behind the colon of --config=FILE:
 OUT = "out"
 Overrides = Mapping[str, Any]
@@ -33,7 +33,8 @@ class Stage:
     """One command: `python WORDS`. Its results lie at `out` (a folder, or a file of that name with a suffix)."""
 
     name: str
-    job: str  # a short name, as clusters want it
+    digest: str  # SHA-256 of all that defines what it makes, places aside
+    job: str  # a short name, as clusters want it; another one in every sweep's folder
     words: tuple[str, ...]
     needs: tuple[str, ...]  # names of stages
     out: str
@@ -54,12 +55,14 @@ class Plan:
 
     trials: tuple[Trial, ...]
     stages: Mapping[str, Stage]
+    source: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # arguments of `make_plan` that made it
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, of which `from_json` makes the same plan."""
         return {
             "trials": [dataclasses.asdict(trial) for trial in self.trials],
             "stages": [dataclasses.asdict(stage) for stage in self.stages.values()],
+            "source": dict(self.source),
         }
 
     @classmethod
@@ -70,7 +73,8 @@ class Plan:
             return kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
 
         stages = [read(Stage, fields) for fields in data["stages"]]
-        return cls(tuple(read(Trial, fields) for fields in data["trials"]), {stage.name: stage for stage in stages})
+        trials = tuple(read(Trial, fields) for fields in data["trials"])
+        return cls(trials, {stage.name: stage for stage in stages}, data["source"])
 
 
 def make_plan(
@@ -116,7 +120,24 @@ def make_plan(
             raise UserError(f"{path}: two trials are called '{name}'; give one more override to tell them apart")
     if not planned:
         raise UserError(f"{path}: the sweep yields no trials")
-    return Plan(tuple(planned.values()), {stage.name: stage for stage in stages.values()})
+    source = {"config": config, "sweeps": list(sweeps), "settings": list(settings)}
+    return Plan(tuple(planned.values()), {stage.name: stage for stage in stages.values()}, source)
+
+
+def check_unchanged(plan: Plan, stages: Iterable[Stage]) -> None:
+    """Checks that these stages of a plan, which was made earlier, are still what its config files say.
+
+    Raises:
+      UserError: one of them would be something else by now; or what `make_plan` raises.
+    """
+    if not plan.source:
+        return
+    now = {stage.digest for stage in make_plan(out="", check=None, **plan.source).stages.values()}
+    if other := [stage.name for stage in stages if stage.digest not in now]:
+        raise UserError(
+            f"{other[0]}: is not what {plan.source['config']} says by now; begin anew with "
+            f"--config={plan.source['config']}, which keeps all stages that are still the same, or restore the file"
+        )
 
 
 def sweep_names(module: ModuleType) -> list[str]:
@@ -207,8 +228,8 @@ def _stages(
         name = "-".join([kind, *map(_safe, titles[kind]), digest[:6]])
         here = f"{out.rstrip('/')}/{name}"
         filled = tuple(word.format_map({**places, OUT: here}) for word in words)
-        job = f"{kind.replace('_', '-').lower()}-{digest[:6]}"
-        made[digest] = Stage(name, job, filled, tuple(made[digests[need]].name for need in needs), here)
+        needed = tuple(made[digests[need]].name for need in needs)
+        made[digest] = Stage(name, digest, _job(kind, digest, here), filled, needed, here)
     return made
 
 
@@ -306,6 +327,14 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return "x".join(map(_shown, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _job(kind: str, digest: str, out: str) -> str:
+    """A name for clusters: small letters, digits and hyphens, a letter first, at most 40. Sweeps in two folders may
+    share a cluster, and hold the same stages."""
+    start = re.sub("[^a-z0-9]+", "-", kind.lower()).strip("-")[:24].strip("-")
+    start = start if start[:1].isalpha() else f"stage-{start}".strip("-")
+    return f"{start}-{_digest([digest, out])[:8]}"
 
 
 def _safe(title: str) -> str:
