@@ -3,6 +3,8 @@ there now. The bucket is that of tests/bucket.py, under the clients that real on
 
 import importlib.util
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +71,22 @@ def test_a_write_that_breaks_off_leaves_the_old_file_and_no_half_one(folder):
             raise error
     assert (folder / "x").read_bytes() == b"old"
     assert names(folder) == ["x"]
+
+
+def test_of_several_that_create_a_file_one_does(folder):
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda k: storage.create(folder / "a" / "b", b"%d" % k), range(8)))
+    assert made.count(True) == 1 and (folder / "a" / "b").read_bytes() == b"%d" % made.index(True)
+    assert not storage.create(folder / "a" / "b", b"x") and names(folder) == ["a/b"]
+
+
+def test_without_hard_links_one_creates_a_file_too(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert storage.create(tmp_path / "x", b"1") and not storage.create(tmp_path / "x", b"2")
+    assert (tmp_path / "x").read_bytes() == b"1" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_large_file_goes_up_in_pieces_and_comes_down_whole(bucket):

@@ -6,7 +6,9 @@ import time
 import pytest
 from etils import epath
 
-from vqgan_jax.watchdog import STUCK, Watchdog, place_in_job, whereabouts
+from vqgan_jax import storage
+from vqgan_jax.exit_codes import LOST
+from vqgan_jax.watchdog import Watchdog, place_in_job, whereabouts
 
 
 def said(step=7, doing="in a step", since=0.0, time=100.0, host="node"):
@@ -39,9 +41,26 @@ def test_a_host_that_waits_too_long_ends_and_names_who_is_missing(tmp_path, caps
     with Watchdog(epath.Path(tmp_path), 0, 2, 0.4, end=lambda code: (codes.append(code), ended.set())) as dog:
         dog.beat(3, "in a step")
         assert ended.wait(5)
-    assert codes == [STUCK]
+    assert codes == [LOST]
     assert "host 0 of 2 has been in a step (step 3)" in (err := capsys.readouterr().err)
     assert "never seen: host 1" in err and not list(tmp_path.iterdir())
+
+
+def test_what_a_bucket_raises_ends_neither_the_watchdog_nor_its_job(monkeypatch, tmp_path, caplog, capsys):
+    HttpError = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})
+
+    def fail(*_, **__):
+        raise HttpError("503 Backend Error")
+
+    for name in ("unlink", "write_bytes", "read_text"):
+        monkeypatch.setattr(type(epath.Path(tmp_path)), name, fail)
+    monkeypatch.setattr(storage, "write_json", fail)
+    codes = []
+    with pytest.raises(SystemExit, match="42"), Watchdog(epath.Path(tmp_path), 0, 2, 0.2, end=codes.append) as dog:
+        dog._thread.join(5)  # it has told several times, and come to its end
+        raise SystemExit(42)
+    assert codes == [LOST] and "never seen: host 0, 1" in capsys.readouterr().err
+    assert caplog.text.count("503 Backend Error") == 1
 
 
 def test_beats_and_what_may_take_long_keep_it_quiet(tmp_path):

@@ -1,11 +1,15 @@
 """How every entry point starts: flags whose errors are one line, user errors without a stack trace, several hosts."""
 
 import contextlib
+import errno
 import logging as std_logging
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 import jax
 from absl import app, flags
@@ -14,11 +18,13 @@ from ml_collections import config_flags
 
 from vqgan_jax import storage, watchdog, weights
 from vqgan_jax.config import UserError
+from vqgan_jax.exit_codes import LOST, PREEMPTED, STORAGE, USER_ERROR
 
 flags.disclaim_key_flags()  # they are those of the script that defines them: its --help lists them
-FAILED = 2  # the exit code of every user error
 JOIN_SECONDS = 270  # that hosts may take to find each other; JAX aborts after 300
 _LOST = ("onnection", "UNAVAILABLE", "Gloo", "eartbeat", "DEADLINE_EXCEEDED", "ABORTED")  # in errors of collectives
+_LAST_WORD_SECONDS = 2.0  # in which all hosts that end alike say so; JAX aborts those that outlive host 0
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)  # errors of disks, never bugs
 DISTRIBUTED = "VQGAN_JAX_DISTRIBUTED"  # the variable by which launch/ says that several processes form one job
 
 
@@ -41,7 +47,7 @@ def define_distributed_flag() -> None:
 
 
 def run(main: Callable[[], None], *, required: Sequence[str]) -> None:
-    """Parses flags, sets logging and devices up, and runs `main`; a UserError ends it with one line and exit code 2.
+    """Parses flags, sets logging and devices up, and runs `main`; what `exit_code` knows ends it with one line.
 
     Args:
       main: takes nothing; reads FLAGS.
@@ -72,41 +78,87 @@ def run(main: Callable[[], None], *, required: Sequence[str]) -> None:
         spread_cpu()
         for name in ("orbax", "jax", "absl"):
             std_logging.getLogger(name).setLevel(std_logging.WARNING)
-        try:
-            if "distributed" in flags.FLAGS and flags.FLAGS.distributed:
-                with _roll_call():
-                    join_processes()
-            if "distributed" in flags.FLAGS:
-                keep_compiled_programs()
-            with leave_with_others():
-                main()
-        except UserError as error:
-            fail(str(error))
-        except Exception as error:
-            if not storage.is_bucket_error(error):
-                raise
-            fail(f"gs://: the bucket does not answer as it should ({' '.join(str(error).split()) or repr(error)})")
+        if code := exit_code(prepared):
+            sys.exit(code)
+
+    def prepared() -> None:
+        if "distributed" in flags.FLAGS and flags.FLAGS.distributed:
+            with _roll_call():
+                join_processes()
+        elif "distributed" in flags.FLAGS:
+            signal.signal(signal.SIGTERM, leave_when_told)
+        if "distributed" in flags.FLAGS:
+            keep_compiled_programs()
+        with leave_with_others():
+            main()
 
     app.run(guarded, flags_parser=parse)
+
+
+def exit_code(work: Callable[[], int | None]) -> int:
+    """Runs `work` and returns the exit code: its own, or where it ends in what a user should hear of, that kind's code
+    of vqgan_jax/exit_codes.py after one printed line."""
+    try:
+        return work() or 0
+    except Exception as error:
+        if not (told := _told(error)):
+            raise
+        code, message = told
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _told(error: Exception) -> tuple[int, str] | None:
+    """(exit code, line) of an error that a user should hear of; None of a bug."""
+    if isinstance(error, UserError):
+        return USER_ERROR, str(error)
+    if isinstance(error, storage.StorageError):
+        return STORAGE, str(error)
+    code, reason = STORAGE if storage.may_pass(error) else USER_ERROR, " ".join(str(error).split()) or repr(error)
+    if storage.is_bucket_error(error):
+        return code, f"gs://: the bucket does not answer as it should ({reason})"
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return code, f"the disk does not take or give what it should ({reason})"
+    return None
+
+
+def leave_when_told(number: int, frame: FrameType | None) -> None:
+    """Handles SIGTERM of one process before and after its loop, when there is nothing to save. Several processes have
+    JAX's preemption service instead, whose request the loop finds when it begins."""
+    sys.exit(PREEMPTED)
 
 
 @contextlib.contextmanager
 def leave_with_others() -> Iterator[None]:
     """Ends this process at once where what it shares with other hosts broke, which is how one that died shows: JAX
-    would wait for it once more on the way out. The exit code is one on which job schedulers start again."""
+    would wait for it once more on the way out. So does one that ends in what a user should hear of: the others, which
+    may wait for it in a collective, notice."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not any(sign in str(error) for sign in _LOST):
+    except Exception as error:
+        if jax.process_count() == 1:
             raise
-        reason = " ".join(str(error).split())[:300]
-        print(
-            f"error: host {jax.process_index()} of {jax.process_count()} leaves, for it lost another one ({reason}); "
-            "start the job again to go on from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(watchdog.STUCK)
+        if lost := _of_other_hosts(error):
+            place, reason = f"host {jax.process_index()} of {jax.process_count()}", " ".join(str(lost).split())[:300]
+            again = "start the job again to go on from the last checkpoint"
+            told = LOST, f"{place} leaves, for it lost another one ({reason}); {again}"
+        elif not (told := _told(error)):
+            raise
+        code, message = told
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        if not lost:
+            time.sleep(_LAST_WORD_SECONDS)
+        os._exit(code)
+
+
+def _of_other_hosts(error: BaseException | None) -> BaseException | None:
+    """What JAX said of a host that is gone, where that is behind an error: Orbax makes others of it."""
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in _LOST):
+            return error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
 
 
 @contextlib.contextmanager
@@ -125,9 +177,8 @@ def _roll_call() -> Iterator[None]:
 def join_processes() -> None:
     """`jax.distributed.initialize`: told how many processes there are by the environment, as launch/local.sh does, or
     finding it out on a TPU pod, GKE or Slurm. Raises UserError where there is neither."""
-    named = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
-    if all(named):  # the address JAX reads from JAX_COORDINATOR_ADDRESS by itself
-        count, index = map(int, named)
+    if place := watchdog.place_by(watchdog.LOCAL):  # the address JAX reads from JAX_COORDINATOR_ADDRESS by itself
+        index, count = place
         jax.distributed.initialize(num_processes=count, process_id=index, cluster_detection_method="deactivate")
         return
     try:
@@ -153,9 +204,9 @@ def spread_cpu() -> None:
 
 
 def fail(message: str) -> None:
-    """Prints one line and exits with code 2."""
+    """Prints one line and exits as a user's error does."""
     print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(FAILED)
+    sys.exit(USER_ERROR)
 
 
 def check_workdir(workdir: str, flag: str = "--workdir") -> epath.Path:

@@ -5,16 +5,20 @@ here is written once and whole; what grows (logs) grows in a local file that is 
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
@@ -24,6 +28,22 @@ from vqgan_jax.config import UserError
 # One client for buckets whatever else is installed: etils would import the whole of TensorFlow where there is one.
 os.environ.setdefault("EPATH_USE_TF", "false")
 _CHUNK = 1 << 24  # bytes copied at once
+_logger = logging.getLogger(__name__)
+BACKOFF = (5.0, 15.0, 45.0, 90.0)  # seconds from one try to the next, beyond what the clients of buckets try themselves
+_LASTING = (  # in errors of disks and buckets that trying again does not mend
+    *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)),
+    "NOT_FOUND",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+    "Forbidden",
+    "Unauthorized",
+    "Invalid Credentials",
+)
+T = TypeVar("T")
+
+
+class StorageError(Exception):
+    """A disk or bucket that may answer again did not for long; the text is one line for the user."""
 
 
 def path(text: str | os.PathLike) -> epath.Path:
@@ -69,7 +89,7 @@ def make_folder(where: str | os.PathLike, named: str) -> epath.Path:
         probe.write_bytes(b"")
         probe.unlink(missing_ok=True)
     except Exception as error:
-        if not (isinstance(error, OSError) or is_bucket_error(error)):
+        if not is_storage_error(error):
             raise
         missing = is_remote(folder) and isinstance(error, FileNotFoundError)
         reason = "no such bucket" if missing else getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -80,6 +100,49 @@ def make_folder(where: str | os.PathLike, named: str) -> epath.Path:
 def is_bucket_error(error: Exception) -> bool:
     """Whether this comes from a bucket's client: of HTTP, of credentials, of the network."""
     return type(error).__module__.partition(".")[0] in ("gcsfs", "aiohttp", "google", "requests")
+
+
+def is_storage_error(error: Exception) -> bool:
+    """Whether this comes from a disk or a bucket."""
+    return isinstance(error, OSError) or is_bucket_error(error)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether what failed may succeed later: not where a disk is full, something is missing or a permission is."""
+    lasting = isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError | UserError)
+    return not lasting and not any(sign in str(error) for sign in _LASTING)
+
+
+def retried(work: Callable[[], T]) -> T:
+    """What `work` returns, which is tried again, later and later, while a disk or bucket fails for now.
+
+    Raises:
+      StorageError: it did not for all of BACKOFF.
+      Exception: whatever else `work` raises.
+    """
+    waits = list(BACKOFF)
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            if not (is_storage_error(error) and may_pass(error)):
+                raise
+            reason = " ".join(str(error).split()) or repr(error)
+            if not waits:
+                raise StorageError(f"the storage does not answer ({reason}); start again to go on") from error
+            _logger.warning("the storage does not answer (%s): tried again in %g s", reason, waits[0])
+            time.sleep(waits.pop(0))
+
+
+def in_the_end(work: Callable[[], Any], error: BaseException | None) -> None:
+    """Calls `work` where a context is left. Where that is by an `error`, what `work` raises is logged and does not take
+    its place: it is mostly the same trouble once more."""
+    try:
+        work()
+    except Exception as another:
+        if error is None:
+            raise
+        _logger.warning("on the way out: %s", " ".join(str(another).split()) or repr(another))
 
 
 @contextlib.contextmanager
@@ -126,10 +189,41 @@ def write_bytes(target: str | os.PathLike, data: bytes) -> None:
     """Writes a file that is whole or not there, making its folder where it is missing."""
     target = path(target)
     if is_remote(target):
-        target.write_bytes(data)
+        retried(lambda: target.write_bytes(data))
         return
     with staged(target) as partial:
         partial.write_bytes(data)
+
+
+def create(target: str | os.PathLike, data: bytes) -> bool:
+    """Writes a file that is whole or not there, where there is none yet. Returns whether this call made it: of several
+    at once, from any number of machines, one does (on disks without hard links it may be seen before it is whole)."""
+    target = path(target)
+    if is_remote(target):
+        import fsspec
+
+        filesystem, name = fsspec.url_to_fs(str(target))
+        try:
+            filesystem.pipe_file(name, data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+    partial = Path(target).with_name(f".{secrets.token_hex(8)}.new.{target.name}")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.write_bytes(data)
+        try:
+            os.link(partial, target)
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links here
+            with open(target, "xb") as file:
+                file.write(data)
+    except FileExistsError:
+        return False
+    finally:
+        partial.unlink(missing_ok=True)
+    return True
 
 
 def write_text(target: str | os.PathLike, text: str) -> None:
@@ -234,8 +328,11 @@ class Mirror:
 
 
 def _upload(file: Path, target: epath.Path) -> None:
-    with file.open("rb") as here, target.open("wb") as there:
-        shutil.copyfileobj(here, there, _CHUNK)
+    def copy() -> None:
+        with file.open("rb") as here, target.open("wb") as there:
+            shutil.copyfileobj(here, there, _CHUNK)
+
+    retried(copy)
 
 
 def _prepare_buckets(text: str) -> None:

@@ -6,6 +6,7 @@ folder, WORKDIR/hosts/INDEX.json, which is there before they have met.
 """
 
 import json
+import logging
 import os
 import socket
 import sys
@@ -17,12 +18,13 @@ from typing import Any
 from etils import epath
 
 from vqgan_jax import storage
+from vqgan_jax.exit_codes import LOST
 
+_logger = logging.getLogger(__name__)
 FOLDER = "hosts"  # in a workdir
-STUCK = 134  # the exit code of JAX's own aborts, on which job schedulers start again
 BEATS = 8  # a host writes so often in the time that it may take
-# Which process of how many this is, as launchers say it before JAX knows.
-_LAUNCHERS = (("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"), ("SLURM_PROCID", "SLURM_NTASKS"))
+# Which process of how many this is, in variables of launchers, before JAX knows: launch/local.sh's, and Slurm's.
+LOCAL, _SLURM = ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"), ("SLURM_PROCID", "SLURM_NTASKS")
 
 
 class Watchdog:
@@ -45,7 +47,7 @@ class Watchdog:
     ):
         self._folder, self._index, self._count, self._seconds, self._end = folder, index, count, seconds, end
         self._doing, self._step, self._since, self._timed = "starting", 0, time.time(), True
-        self._over = threading.Event()
+        self._over, self._failed = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, step: int, doing: str, *, timed: bool = True) -> None:
@@ -59,7 +61,7 @@ class Watchdog:
     def __exit__(self, *_: Any) -> None:
         self._over.set()
         self._thread.join(timeout=10)
-        self._file(self._index).unlink(missing_ok=True)
+        self._try(lambda: self._file(self._index).unlink(missing_ok=True))
 
     def _file(self, index: int) -> epath.Path:
         return self._folder / f"{index}.json"
@@ -72,22 +74,28 @@ class Watchdog:
             if self._timed and time.time() - self._since > self._seconds:
                 self._tell()
                 print(f"error: {self._report()}", file=sys.stderr, flush=True)
-                self._end(STUCK)
+                self._end(LOST)
                 return
 
     def _tell(self) -> None:
         said = dict(host=socket.gethostname(), step=self._step, doing=self._doing, since=self._since, time=time.time())
+        self._try(lambda: storage.write_json(self._file(self._index), said))
+
+    def _try(self, work: Callable[[], Any]) -> None:
+        """What a disk or bucket raises, in many types, is no reason to end, and said once."""
         try:
-            storage.write_json(self._file(self._index), said)
-        except OSError:
-            pass  # a full disk is no reason to end; a host that is silent for long counts as gone
+            work()
+        except Exception as error:
+            if not self._failed:
+                _logger.warning("%s cannot be written (%s): others will count this host as gone", self._folder, error)
+            self._failed = True
 
     def _report(self) -> str:
         reports = {}
         for index in range(self._count):
             try:
                 reports[index] = json.loads(self._file(index).read_text())
-            except (OSError, ValueError):
+            except Exception:  # missing, torn, or a bucket's own kinds
                 continue
         waits = f"host {self._index} of {self._count} has been {self._doing} (step {self._step}) for"
         return f"{waits} {time.time() - self._since:.0f} s; {whereabouts(reports, self._count, self._seconds)}"
@@ -119,11 +127,16 @@ def whereabouts(reports: Mapping[int, Mapping[str, Any]], count: int, seconds: f
     return f"behind the others: {'; '.join(map(name, behind))}"
 
 
+def place_by(names: tuple[str, str]) -> tuple[int, int] | None:
+    """(index, count) of this process as two variables of a launcher say it; None where they do not."""
+    index, count = (os.environ.get(name) for name in names)
+    return (int(index), int(count)) if index and count else None
+
+
 def place_in_job() -> tuple[int, int] | None:
     """(index, count) of this process as its launcher says it, before JAX is asked; None where it does not say."""
-    for index, count in _LAUNCHERS:
-        if index in os.environ and count in os.environ:
-            return int(os.environ[index]), int(os.environ[count])
+    if place := place_by(LOCAL) or place_by(_SLURM):
+        return place
     if "TPU_WORKER_ID" in os.environ and "TPU_WORKER_HOSTNAMES" in os.environ:
         return int(os.environ["TPU_WORKER_ID"]), len(os.environ["TPU_WORKER_HOSTNAMES"].split(","))
     return None

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vqgan_jax.data.scenes import CLASSES, render
-from vqgan_jax.evals.classifier import class_agreement, train_classifier
+from vqgan_jax.evals.classifier import Classifier, _augmented, class_agreement, train_classifier
 
 
 def _scenes(seed: int, n: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -50,6 +50,28 @@ def test_takes_small_images_and_follows_its_seed():
     np.testing.assert_array_equal(kernels[0], kernels[1])
     assert not np.array_equal(kernels[0], kernels[2])
     assert set(first.predict(images)) <= {0, 1}
+
+
+def test_a_saved_classifier_has_the_same_features(small, tmp_path):
+    images, _, classifier = small
+    classifier.save(tmp_path / "one.npz", accuracy=0.5)
+    loaded, facts = Classifier.load(tmp_path / "one.npz", len(CLASSES), (16, 32, 64))
+    assert facts == {"accuracy": 0.5}
+    np.testing.assert_array_equal(loaded.probabilities(images[:9]), classifier.probabilities(images[:9]))
+    net, again = (one.feature_net("small", 32) for one in (classifier, loaded))
+    assert net.sha256 == again.sha256 and net.dims() == {"logits": len(CLASSES), "pool": 64, "spatial": 16}
+    other = train_classifier(images[:64], small[1][:64], len(CLASSES), seed=1, steps=1)
+    assert other.feature_net("other", 32).sha256 != net.sha256
+
+
+def test_augmented_images_are_mirrored_and_shifted_each_by_itself():
+    images = np.broadcast_to(np.arange(16, dtype=np.uint8)[None, None, :, None], (64, 16, 16, 3))
+    found = _augmented(images, np.random.default_rng(0))
+    assert found.shape == images.shape and found.dtype == np.uint8
+    steps = np.diff(found[:, 8, 4:-4, 0].astype(int), axis=1)  # away from the border, which is repeated
+    assert {tuple(set(row)) for row in steps} == {(1,), (-1,)}
+    rising = found[steps[:, 0] == 1, 8, 8, 0].astype(int)
+    assert set(rising) == set(range(4, 13))  # shifts of -4 to 4 pixels
 
 
 def test_refuses_labels_that_do_not_fit():

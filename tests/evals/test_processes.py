@@ -1,19 +1,13 @@
 """Two real processes that meet over gloo score what one does: sums are exact, each reads its own part."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.evals.nets import pictures
+from tests.processes import free_address, results_of, run_together
 from vqgan_jax.images import save_png
-
-ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import json, sys
@@ -54,23 +48,9 @@ print("RESULT", json.dumps({
 
 
 def run(folder: Path, processes: int, cache: str = "shared") -> list[dict]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, address, str(processes), str(index), str(folder), cache],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
-        )
-        for index in range(processes)
-    ]  # fmt: skip
-    results = []
-    for process in started:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-3000:]
-        results.append(json.loads(next(line for line in out.splitlines() if line.startswith("RESULT"))[7:]))
-    return results
+    address = free_address()
+    arguments = [["-c", PROGRAM, address, str(processes), str(k), str(folder), cache] for k in range(processes)]
+    return results_of(run_together(arguments, {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}, timeout=300))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, quantizers
 from vqgan_jax.config import FORMAT_VERSION, plain
 from vqgan_jax.data import scenes
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
@@ -47,7 +47,7 @@ def stage_model(key: str) -> ConfigDict:
     ae.stem, ae.channels, ae.multipliers, ae.blocks, ae.z_channels = 4, 32, (1,), 1, 8
     ae.decoder_extra_blocks, ae.attention_resolutions, ae.mid_attention = 0, (), False
     ae.in_channels = ae.out_channels = CHANNELS.get(key, 3)
-    model.quantizer, model.discriminator.enabled = common.vq(16, 8), False
+    model.quantizer, model.discriminator.enabled = quantizers.vq(16, 8), False
     return model
 
 

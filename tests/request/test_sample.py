@@ -1,11 +1,8 @@
 """sample.py under conditions and with given parts: in one process in memory, and as the script on one and two."""
 
 import json
-import os
 import shutil
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,31 +10,14 @@ import pytest
 from PIL import Image
 
 import sample
+from tests.processes import free_address, run_together
 from tests.request import models
 from vqgan_jax import pretrained
 from vqgan_jax.config import UserError
 from vqgan_jax.request.flags import Asked
 from vqgan_jax.sampling.strategies import Strategy
 
-ROOT = Path(__file__).parents[2]
 SIZE = models.SIZE
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Rendered scenes go to a folder of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VQGAN_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture
-def masks(tmp_path):
-    """Three segmentation masks of one id each."""
-    (tmp_path / "masks").mkdir()
-    for k in range(3):
-        Image.fromarray(np.full((SIZE, SIZE), k, np.uint8)).save(tmp_path / "masks" / f"{k}.png")
-    return tmp_path / "masks"
 
 
 def sampled(out: Path, asked: Asked, **changes) -> dict[str, np.ndarray]:
@@ -86,10 +66,7 @@ def test_a_guided_job_under_two_conditions_with_a_given_part(tmp_path, masks, mo
 
 def run(*argv: str, processes: int = 1) -> list[subprocess.CompletedProcess]:
     """Runs sample.py, in processes that meet over gloo where there are several."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    address = free_address()
     meet = (
         "import jax, runpy, sys\n"
         "index, initialize, sys.argv[0] = int(sys.argv.pop()), jax.distributed.initialize, 'sample.py'\n"
@@ -97,19 +74,9 @@ def run(*argv: str, processes: int = 1) -> list[subprocess.CompletedProcess]:
         f"jax.distributed.initialize = lambda: initialize('{address}', {processes}, index, **meet)\n"
         "runpy.run_path('sample.py', run_name='__main__')"
     )
-    command = ["sample.py"] if processes == 1 else ["-c", meet]
-    started = [
-        subprocess.Popen(
-            [sys.executable, *command, *argv, *(["--distributed", str(index)] if processes > 1 else [])],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
-        )
-        for index in range(processes)
-    ]  # fmt: skip
-    found = []
-    for process in started:
-        text, error = process.communicate(timeout=400)
-        found.append(subprocess.CompletedProcess(argv, process.returncode, text, error))
-    return found
+    alone = [["sample.py", *argv]]
+    several = [["-c", meet, *argv, "--distributed", str(index)] for index in range(processes)]
+    return run_together(alone if processes == 1 else several, {"JAX_NUM_CPU_DEVICES": "1"}, timeout=400)
 
 
 def arrays(out: Path) -> dict[str, np.ndarray]:

@@ -1,15 +1,11 @@
 """Two processes that meet over gloo score a workdir as one does."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import free_address, results_of, run_together
 
 PROGRAM = """
 import json, sys
@@ -32,24 +28,11 @@ print("RESULT", json.dumps([score("plain", memorisation=8), score("rejected", ac
 
 
 def run(processes: int, devices: int, workdir: Path, out: Path) -> list[list[dict]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
     out.mkdir()
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, address, str(processes), str(index), str(workdir), str(out)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | settings, cwd=ROOT,
-        )
-        for index in range(processes)
-    ]  # fmt: skip
-    results = []
-    for process in started:
-        text, err = process.communicate(timeout=550)
-        assert process.returncode == 0, err[-3000:]
-        results.append(json.loads(next(line for line in text.splitlines() if line.startswith("RESULT"))[7:]))
-    return results
+    address = free_address()
+    arguments = [["-c", PROGRAM, address, str(processes), str(k), str(workdir), str(out)] for k in range(processes)]
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    return results_of(run_together(arguments, settings, timeout=550))
 
 
 @pytest.mark.slow

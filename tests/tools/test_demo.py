@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vqgan_jax.exit_codes import PREEMPTED
 from vqgan_jax.images import save_png
 from vqgan_jax.tools import demo, steps
-from vqgan_jax.train.loop import PREEMPTED
 
 
 class FakeRunner:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vqgan_jax import cli
 from vqgan_jax.data import records
+from vqgan_jax.exit_codes import USER_ERROR
 from vqgan_jax.tools.convert import import_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def test_the_command_of_the_readme(tmp_path):
 )
 def test_mistakes_are_one_line(tmp_path, flags, message):
     done = run(*(flag.format(tmp=tmp_path) for flag in flags))
-    assert done.returncode == cli.FAILED, done.stderr
+    assert done.returncode == USER_ERROR, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr
     assert "Traceback" not in done.stderr
 

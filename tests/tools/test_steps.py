@@ -7,8 +7,8 @@ import sys
 import threading
 import time
 
+from vqgan_jax.exit_codes import PREEMPTED
 from vqgan_jax.tools import steps
-from vqgan_jax.train.loop import PREEMPTED
 
 
 def test_a_child_gives_its_code():

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 import sample
 import train_transformer
 import train_vqgan
-from configs import common, demo_transformer, demo_vqgan
+from configs import demo_transformer, demo_vqgan, quantizers
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
 from vqgan_jax.request.flags import Asked
 from vqgan_jax.sampling.strategies import Strategy
@@ -130,7 +130,7 @@ def vqgan(tmp_path_factory):
             ae = config.model.autoencoder
             ae.resolution, ae.stem, ae.channels, ae.multipliers = 16, 4, 32, (1,)
             ae.z_channels, ae.mid_attention = 32, False
-            config.model.quantizer = common.ema(16, 8)
+            config.model.quantizer = quantizers.ema(16, 8)
             train_vqgan.train(config, str(folder / key))
         return str(folder / key)
 

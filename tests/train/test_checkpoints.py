@@ -2,9 +2,7 @@
 
 import json
 import os
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,9 +15,10 @@ import pytest
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tests.processes import free_address, run_together
 from vqgan_jax import storage
 from vqgan_jax.config import UserError
-from vqgan_jax.train import checkpoints as module
+from vqgan_jax.train import manifests
 from vqgan_jax.train.checkpoints import Checkpoints, load
 
 
@@ -92,6 +91,18 @@ def test_round_trip_and_record(tmp_path):
         state, record = checkpoints.restore(abstract(make_state()))
     assert_same(state, make_state(3))
     assert record == {"seed": 7, "config": {"a": [1, None]}}
+
+
+def test_read_only_leaves_a_run_that_may_be_going_on_as_it_is(tmp_path):
+    save_steps(tmp_path, [10, 20, 30])
+    (tmp_path / "30" / "manifest.json").unlink()  # its save is under way
+    flip(largest_file(tmp_path / "20"))
+    (tmp_path / "40.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with open_checkpoints(tmp_path, read_only=True) as checkpoints:
+        state, _ = checkpoints.restore(abstract(make_state()))
+    assert_same(state, make_state(10))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_saved_values_survive_donation(tmp_path):
@@ -196,7 +207,7 @@ def test_best_mode_max(tmp_path):
 def test_keep_last_1_keeps_a_whole_one_at_any_time(tmp_path, monkeypatch):
     """Between Orbax's commit of step 2 and its manifest, step 1 must still be there."""
     seen = []
-    write = module._write_manifest
+    write = manifests.write
 
     def look_and_write(*args):
         seen.append(int(load(tmp_path)[0]["step"]))
@@ -205,7 +216,7 @@ def test_keep_last_1_keeps_a_whole_one_at_any_time(tmp_path, monkeypatch):
     with open_checkpoints(tmp_path, keep_last=1) as checkpoints:
         checkpoints.save(1, make_state(1), {}, None)
         checkpoints.wait()
-        monkeypatch.setattr(module, "_write_manifest", look_and_write)
+        monkeypatch.setattr(manifests, "write", look_and_write)
         checkpoints.save(2, make_state(2), {}, None)
     assert seen == [1]
 
@@ -292,9 +303,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(tmp_path):
 TWO_PROCESSES = """
 import os, sys
 import jax
-rank, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-jax.distributed.initialize(
-    f"127.0.0.1:{port}", 2, rank, coordinator_bind_address=f"127.0.0.1:{port}", cluster_detection_method="deactivate")
+rank, address, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(address, 2, rank, coordinator_bind_address=address, cluster_detection_method="deactivate")
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from vqgan_jax import storage
@@ -324,12 +334,10 @@ print("whole", rank)
 @pytest.mark.parametrize("kind", ["local", "bucket"])
 def test_two_processes_agree_on_the_step(tmp_path, kind, request):
     directory = str(tmp_path) if kind == "local" else request.getfixturevalue("bucket")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    started = [start_python(TWO_PROCESSES, str(rank), port, directory) for rank in (0, 1)]
-    outputs = [process.communicate(timeout=120) for process in started]
-    assert [process.returncode for process in started] == [0, 0], outputs
+    address = free_address()
+    arguments = [["-c", TWO_PROCESSES, str(rank), address, directory] for rank in (0, 1)]
+    for process in run_together(arguments, ONE_DEVICE, timeout=120):
+        assert process.returncode == 0, process.stderr
     assert load(directory)[1]["step"] == 3
     np.testing.assert_array_equal(load(directory)[0]["w"], np.arange(8, dtype=np.float32) + 3)
     assert (storage.path(directory) / "3.damaged").is_dir()
@@ -354,14 +362,8 @@ def test_the_manifest_lists_every_file(tmp_path):
     assert set(named) == there - {"manifest.json"}
 
 
-def start_python(code: str, *args: str) -> subprocess.Popen:
-    root = Path(__file__).resolve().parents[2]
-    env = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
-    command = [sys.executable, "-c", code, *args]
-    return subprocess.Popen(command, env=env, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+ONE_DEVICE = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
 
 
 def run_python(code: str, *args: str) -> subprocess.CompletedProcess:
-    process = start_python(code, *args)
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return run_together([["-c", code, *args]], ONE_DEVICE, timeout=120)[0]

@@ -12,8 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from vqgan_jax import storage
+from vqgan_jax.config import UserError
 from vqgan_jax.train import metric_writer
-from vqgan_jax.train.metric_writer import open_writer
+from vqgan_jax.train.metric_writer import MetricWriter, open_writer
 
 
 def json_lines(workdir: Path) -> list[dict]:
@@ -194,20 +195,22 @@ class FakeServer(types.ModuleType):
 
     def init(self, *, id, resume, **said):
         assert resume == "allow"
-        server, rows = self, self.runs.get(id)
-        self.runs.setdefault(id, {})
+        rows = self.runs.setdefault(id, [])
         self.said = said
 
         class Run:
-            resumed = rows is not None
-            step = max(rows, default=-1) + 1 if rows is not None else 0
+            resumed = bool(rows)
+            summary = {name: value for row in rows for name, value in row.items()}
+            axes = {}
 
-            def log(self, values, step):
-                assert step >= max(server.runs[id], default=0), "W&B drops such a row with a warning"
-                server.runs[id].setdefault(step, []).append(values)
+            def define_metric(self, name, step_metric):
+                self.axes[name] = step_metric
 
-            def finish(self):
-                server.runs[id].setdefault(max(server.runs[id], default=0), [])
+            def log(self, values):
+                assert self.axes == {"*": "step", "val/*": "val/step"}
+                rows.append(values)
+
+            def finish(self): ...
 
         return Run()
 
@@ -216,23 +219,90 @@ def test_one_run_of_wandb_a_workdir_without_gap_or_double(tmp_path, monkeypatch,
     server = FakeServer()
     monkeypatch.setitem(sys.modules, "wandb", server)
     (tmp_path / "config.json").write_text('{"seed": 3}')
-    for start, stop in ((0, 7), (4, 9)):  # killed after step 6, goes on after the checkpoint of step 4
+
+    def look(writer, step):
+        writer.write_scalars(step, {"val/psnr": step})
+        writer.write_images(step, {"drawn": np.zeros((1, 4, 4, 3), np.uint8)})
+
+    # Killed after step 6, goes on after the checkpoint of step 4; stopped at 8, where its looks are owed.
+    for start, stop in ((0, 6), (4, 8), (8, 9)):
         with open_writer(tmp_path, resume_step=start, wandb="team/scenes") as writer:
-            for step in range(start + 1, stop):
+            if start == 8:
+                look(writer, 8)
+            for step in range(start + 1, stop + 1):
                 writer.write_scalars(step, {"loss": step / 2})
-                writer.write_scalars(step, {"val/psnr": step})
+                if step != 8:
+                    look(writer, step)
     (rows,) = server.runs.values()
-    assert rows == {step: [{"loss": step / 2}, {"val/psnr": step}] for step in range(1, 9)}
+    steps = range(1, 10)
+    assert [row for row in rows if "loss" in row] == [{"loss": step / 2, "step": step} for step in steps]
+    assert [row for row in rows if "val/psnr" in row] == [{"val/psnr": step, "val/step": step} for step in steps]
+    assert [row["images/step"] for row in rows if "drawn" in row] == list(steps)
     assert (
         server.said["entity"] == "team" and server.said["project"] == "scenes" and server.said["config"] == {"seed": 3}
     )
-    with open_writer(tmp_path, resume_step=8, wandb="scenes") as writer:
-        writer.write_images(9, {"val/x": np.zeros((2, 4, 4, 3), np.uint8)})
-    assert rows[9] == [{"val/x": [(4, 4, 3)] * 2}] and server.said["entity"] is None
+    with open_writer(tmp_path, resume_step=9, wandb="scenes") as writer:
+        writer.write_images(10, {"val/x": np.zeros((2, 4, 4, 3), np.uint8)})
+    assert rows[-1] == {"val/x": [(4, 4, 3)] * 2, "images/step": 10} and server.said["entity"] is None
     monkeypatch.setitem(sys.modules, "wandb", None)
     with open_writer(tmp_path, resume_step=9, wandb="scenes") as writer:
         writer.write_scalars(10, {"loss": 3.0})
     assert "wandb does not import" in caplog.text and json_lines(tmp_path)[-1]["loss"] == 3.0
+
+
+def test_a_fresh_start_in_a_workdir_is_a_run_of_its_own_at_wandb(tmp_path, monkeypatch):
+    server = FakeServer()
+    monkeypatch.setitem(sys.modules, "wandb", server)
+    for start, value in ((0, 1.0), (2, 1.0), (0, 5.0), (2, 5.0)):  # the checkpoints were deleted in between
+        with open_writer(tmp_path, resume_step=start, wandb="scenes") as writer:
+            writer.write_scalars(start + 1, {"loss": value})
+    assert list(server.runs.values()) == [[{"loss": value, "step": step} for step in (1, 3)] for value in (1.0, 5.0)]
+
+
+@pytest.mark.parametrize("broken", ["init", "log", "finish", "Image"])
+def test_what_wandb_raises_ends_no_run(tmp_path, monkeypatch, caplog, broken):
+    class CommError(Exception): ...
+
+    def fail(*_, **__):
+        raise CommError("the network is down")
+
+    server = FakeServer()
+    if broken in ("init", "Image"):
+        setattr(server, broken, fail)
+    else:
+        begin = server.init
+
+        def init(**said):
+            started = begin(**said)
+            setattr(started, broken, fail)
+            return started
+
+        server.init = init
+    monkeypatch.setitem(sys.modules, "wandb", server)
+    with open_writer(tmp_path, resume_step=0, wandb="scenes") as writer:
+        for step in (1, 2, 3):
+            writer.write_scalars(step, {"loss": float(step)})
+            writer.write_images(step, {"x": np.zeros((1, 2, 2, 3), np.uint8)})
+    assert caplog.text.count("the network is down") == 1
+    assert [line["loss"] for line in json_lines(tmp_path)] == [1.0, 2.0, 3.0]
+    if broken == "Image":
+        assert list(server.runs.values()) == [[{"loss": float(step), "step": step} for step in (1, 2, 3)]]
+
+
+def test_what_a_full_disk_raises_on_the_way_out_takes_no_others_place_and_every_log_is_closed(caplog):
+    class Sink:
+        closed = 0
+
+        def close(self):
+            self.closed += 1
+            raise OSError("No space left on device")
+
+    sinks = [Sink(), Sink()]
+    with pytest.raises(UserError, match="the first fault"), MetricWriter(sinks):
+        raise UserError("the first fault")
+    assert [sink.closed for sink in sinks] == [1, 1] and "No space left" in caplog.text
+    with pytest.raises(OSError, match="No space left"), MetricWriter(sinks):
+        pass
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch):

@@ -3,8 +3,6 @@ restored on one device and on four."""
 
 import functools
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +11,12 @@ import jax
 import numpy as np
 import pytest
 
+from tests.processes import free_address, results_of, run_together
 from tests.test_parallel import STEPS, mesh_of, on_one_device, transformer_case, vqgan_case
 from vqgan_jax import parallel
 from vqgan_jax.train import setup
 from vqgan_jax.train.checkpoints import Checkpoints
 
-ROOT = Path(__file__).parents[2]
 SAVED = 3  # steps that the two processes train
 CASES = {"transformer": transformer_case, "vqgan": vqgan_case}
 MESHES = {  # of two hosts with two devices each; in both of the transformer a model axis spans the hosts
@@ -78,23 +76,10 @@ def hosts(tmp_path_factory):
 
 
 def run_hosts(stage: str, folder: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, address, str(index), str(folder), stage],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | settings, cwd=ROOT,
-        )
-        for index in range(2)
-    ]  # fmt: skip
-    results = []
-    for process in started:
-        out, err = process.communicate(timeout=400)
-        assert process.returncode == 0, err[-3000:]
-        results.append(json.loads(next(line for line in out.splitlines() if line.startswith("RESULT"))[7:]))
-    return results, folder
+    address = free_address()
+    arguments = [[__file__, address, str(index), str(folder), stage] for index in range(2)]
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    return results_of(run_together(arguments, settings, timeout=400)), folder
 
 
 @pytest.mark.slow

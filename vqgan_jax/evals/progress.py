@@ -8,11 +8,13 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from vqgan_jax.stopping import breakable
+
 
 def watched(
     items: Iterable[Any], total: int, what: str, rows: Callable[[Any], int] = lambda item: len(item[0])
 ) -> Iterator[Any]:
-    """Passes items on.
+    """Passes items on, as `breakable` does.
 
     Args:
       items: what stands for some pictures each, such as a tuple of arrays.
@@ -24,7 +26,7 @@ def watched(
     share = -(-total // jax.process_count())
     start, count = time.perf_counter(), 0
     with tqdm(total=share, desc=what, unit="img", disable=not (first and sys.stderr.isatty())) as bar:
-        for item in items:
+        for item in breakable(items, at_most=total + 1):
             yield item
             count += rows(item)
             bar.update(rows(item))

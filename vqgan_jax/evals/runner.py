@@ -16,6 +16,7 @@ from vqgan_jax.evals.codes import NLLMetrics, PerImage
 from vqgan_jax.evals.pixels import ReconstructionMetrics, through_uint8
 from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.vqgan import VQGAN, model_input
+from vqgan_jax.stopping import breakable
 from vqgan_jax.transformer import ImageTransformer
 
 Batches = Iterable[Mapping[str, np.ndarray]]
@@ -81,8 +82,8 @@ def likelihood_scorer(
     @jax.jit
     def step(params: Tree, frozen: Tree, batch: Mapping[str, jax.Array]) -> NLLMetrics:
         codes = model.codes(frozen, batch)
-        logits = model.logits(params, model.condition.tokens(frozen, batch), codes)
-        return NLLMetrics.single_from_model_output(logits=logits, targets=codes, valid=batch["valid"])
+        logits = model.logits(params, model.condition.tokens(frozen, batch), codes, grouped=True)
+        return NLLMetrics.single_from_model_output(logits=logits, targets=model.targets(codes), valid=batch["valid"])
 
     def score(params: Tree, frozen: Tree, batches: Batches) -> dict[str, float]:
         return merge(_collect(lambda rows: step(params, frozen, rows), batches, mesh, batch))
@@ -106,8 +107,12 @@ def encode_all(model: ImageTransformer, frozen: Tree, batches: Batches, mesh: Me
 
 
 def _collect(step: Callable[[Any], Any], batches: Batches, mesh: Mesh, batch: int) -> list[Any]:
+    results: list[Any] = []
     with jax.set_mesh(mesh):
-        return [step(parallel.put_batch(rows, mesh, batch)) for rows in batches]
+        for rows in breakable(batches):
+            results.append(step(parallel.put_batch(rows, mesh, batch)))
+            jax.block_until_ready(results[-2:-1])  # no long queue on the device, behind which a save would wait
+    return results
 
 
 def merge(results: list[Any]) -> dict[str, float]:

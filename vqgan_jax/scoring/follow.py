@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from vqgan_jax import parallel, storage
 from vqgan_jax.config import UserError
 from vqgan_jax.scoring.sweeps import digest
-from vqgan_jax.train import checkpoints
+from vqgan_jax.train import manifests
 from vqgan_jax.train.setup import CHECKPOINTS
 
 BEST, RECORD = "best_fid", "best.json"  # in the workdir
@@ -125,7 +125,7 @@ def _sealed(workdir: epath.Path) -> list[int]:
     def look() -> list[int]:
         folder = workdir / CHECKPOINTS
         names = [path.name for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-        return sorted(int(name) for name in names if (folder / name / checkpoints.MANIFEST).exists())
+        return sorted(int(name) for name in names if (folder / name / manifests.MANIFEST).exists())
 
     return parallel.of_first_host(look)
 

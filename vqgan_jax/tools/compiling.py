@@ -21,6 +21,7 @@ import jax
 
 from vqgan_jax import storage, weights
 from vqgan_jax.hlo import Module
+from vqgan_jax.parallel import exceeds_memory
 from vqgan_jax.tools.programs import Program
 from vqgan_jax.train.roofline import Cost, Traffic, count_flops, program_cost
 
@@ -65,7 +66,7 @@ def compile_cached(program: Program, *, keep: bool = False) -> Compiled:
             with _uncached() if keep else contextlib.nullcontext():
                 executable = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not exceeds_memory(error):
                 raise
             refused = _refusal(str(error))
     seconds = time.perf_counter() - start

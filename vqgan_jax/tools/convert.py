@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from vqgan_jax import pretrained, storage
+from vqgan_jax import cli, pretrained, published, storage
 from vqgan_jax.config import UserError
 from vqgan_jax.convert import export, reference
 from vqgan_jax.convert.stream import write_safetensors
@@ -21,15 +21,26 @@ USES = {
 }
 
 
-def import_checkpoint(checkpoint: str, yaml: str | None, out: str, lpips_out: str | None = None) -> None:
-    """Imports `checkpoint` into the folder `out`, and prints what went where.
+def import_checkpoint(
+    checkpoint: str, yaml: str | None, out: str, lpips_out: str | None = None, first_stage: str | None = None
+) -> None:
+    """Imports `checkpoint`, and the file of its first stage where that is another, into the folder `out`, and prints
+    what went where.
 
     Raises:
       UserError: see `reference.open_checkpoint`.
     """
     if storage.path(checkpoint).is_dir():
         raise UserError(f"--checkpoint={checkpoint}: is a folder; to write it as a file for PyTorch add --to=torch")
+    if first_stage:
+        if lpips_out:
+            raise UserError("--first_stage: takes no --lpips_out; import the first stage by itself")
+        for opened in published.import_with_stage(checkpoint, first_stage, storage.path(out), yaml):
+            print(opened.table())
+        print(f"wrote {out}: {USES['transformer'].format(out=out)}")
+        return
     with reference.open_checkpoint(checkpoint, yaml) as opened:
+        pretrained.check_stages(opened)
         lpips = reference.lpips_entries(opened.tensors) if lpips_out else []
         opened.write(storage.path(out))
         print(opened.table())
@@ -72,28 +83,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m vqgan_jax.tools.convert",
-        description="Imports a checkpoint of CompVis/taming-transformers (.ckpt, .safetensors) as a working directory "
-        "that the trainers, sample.py and pretrained.py read. PyTorch is not needed, and nothing in the file is run.",
+        description="Imports a checkpoint of CompVis/taming-transformers or LlamaGen (.ckpt, .pt, .safetensors) as a "
+        "working directory that the trainers, sample.py and pretrained.py read. PyTorch is not needed, and nothing in "
+        "the file is run.",
         epilog="example: python -m vqgan_jax.tools.convert --checkpoint=vqgan.ckpt --yaml=vqgan.yaml --out=runs/vqgan",
         allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", required=True, help="the file; with --to=torch a working directory of ours")
     parser.add_argument("--yaml", help="the model's YAML; by default the file of the same stem beside it")
     parser.add_argument("--out", required=True, help="folder to write; with --to=torch a .safetensors file")
+    parser.add_argument("--first_stage", help="of a LlamaGen transformer: the file of its tokenizer, vq_ds16_c2i.pt")
     parser.add_argument("--to", choices=["torch"], help="export in place of import")
     parser.add_argument("--lpips_out", metavar="FILE", help="take LPIPS out of the checkpoint into this .safetensors")
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         if args.to:
-            if args.yaml or args.lpips_out:
-                raise UserError("--to=torch: takes no --yaml and no --lpips_out")
+            if args.yaml or args.lpips_out or args.first_stage:
+                raise UserError("--to=torch: takes no --yaml, no --lpips_out and no --first_stage")
             export_workdir(args.checkpoint, args.out)
         else:
-            import_checkpoint(args.checkpoint, args.yaml, args.out, args.lpips_out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+            import_checkpoint(args.checkpoint, args.yaml, args.out, args.lpips_out, args.first_stage)
+
+    return cli.exit_code(work)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ _VQGAN_PANELS = (
     Panel("Codebook usage", "share of the codes", ("codebook_usage", "val/codebook_usage")),
     Panel("Codebook perplexity", "codes", ("codebook_perplexity", "val/codebook_perplexity")),
     Panel("Discriminator logits", "", ("logits_real", "logits_fake")),
-    Panel("Adversarial losses", "", ("generator_loss", "discriminator_loss")),
+    Panel("Discriminator accuracy", "share of both kinds", ("discriminator_accuracy",)),
+    Panel("Adversarial losses", "", ("generator_loss", "discriminator_loss", "lecam")),
     Panel("Adaptive weight", "", ("adaptive_weight",), scale="log"),
 )
 _TRANSFORMER_PANELS = (

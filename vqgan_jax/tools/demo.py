@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vqgan_jax import storage
 from vqgan_jax.config import UserError
 from vqgan_jax.tools import page, report
-from vqgan_jax.tools.steps import ChildFailed, Runner, Step, Steps, run_child, write
+from vqgan_jax.tools.steps import SHARPER, Runner, Step, Steps, exit_code, run_child
 from vqgan_jax.train.metric_writer import JSON_LINES
 
 RUNS = ("vqgan", "transformer")
-SHARPER = ("--temperature=0.9", "--top_p=0.9")  # a transformer trained for minutes is not yet sure of itself
 
 STEPS = (
     Step(
@@ -89,7 +89,7 @@ def join_metrics(folder: Path) -> None:
             row = json.loads(line)
             place = {"step": row.pop("step"), "time": row.pop("time")}
             lines.append(json.dumps(place | {f"{run}/{name}": value for name, value in row.items()}) + "\n")
-    write(folder / JSON_LINES, "".join(lines))
+    storage.write_text(folder / JSON_LINES, "".join(lines))
 
 
 def summarise(folder: Path, seconds: float) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def summarise(folder: Path, seconds: float) -> dict[str, Any]:
     summary = {name: value for name, value in scores.items() if name not in ("workdir", "definition")} | {
         "seconds": round(seconds, 1)
     }
-    write(folder / report.SUMMARY, json.dumps(summary, indent=1) + "\n")
+    storage.write_json(folder / report.SUMMARY, summary)
     return summary
 
 
@@ -116,15 +116,7 @@ def main(argv: Sequence[str] | None = None, *, run: Runner = run_child) -> int:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for everything that the demo writes")
     args = parser.parse_args(argv)
-    try:
-        run_demo(args.out, run=run)
-    except ChildFailed as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return error.code
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("demo", lambda: run_demo(args.out, run=run))
 
 
 if __name__ == "__main__":

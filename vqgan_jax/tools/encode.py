@@ -6,7 +6,11 @@
 
 The config is that of the transformer: it names the data, the grid and the condition, which is encoded too. Killed, the
 same command goes on; --out may be gs://BUCKET/FOLDER. With --distributed every host encodes shards of its own.
+With --config.remap=True the codes are those of the VQGAN without what the training pictures do not use, which is left
+in OUT/first_stage: train with that as --config.vqgan.
 """
+
+import functools
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -33,7 +37,10 @@ def encode(config: ConfigDict, out: str, *, views: str = encoding.CENTER, batch:
     """
     folder = cli.check_workdir(out, "--out")
     dtype = setup.dtype_of(config)
-    stages = pretrained.open_named_stages(config, dtype)
+    open_stages = pretrained.open_named_stages
+    if config.remap:  # the VQGAN of the codes in use stays beside its codes, for --config.vqgan
+        open_stages = functools.partial(pretrained.adopt_stages, workdir=folder)
+    stages = open_stages(config, dtype=dtype)
     model = ImageTransformer(TransformerConfig.from_config(config.model), stages.first, stages.cond, dtype)
     model.check_size(config.data.image_size)
     keys = (stages.first.config.input_key, *model.condition.keys)

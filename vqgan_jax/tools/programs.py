@@ -19,14 +19,14 @@ from vqgan_jax.conditioning import encoded_keys
 from vqgan_jax.config import UserError, choose
 from vqgan_jax.data.transforms import sides
 from vqgan_jax.models.gpt import GPT, cast_weights
-from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
 from vqgan_jax.sampling.sampler import make_sampler
 from vqgan_jax.sampling.strategies import Strategy, row_keys
 from vqgan_jax.tokenizer import Tokenizer, by_input_key
 from vqgan_jax.train import encoding, setup
-from vqgan_jax.train.recipe import Recipe, transformer_recipe, uses_lpips, vqgan_recipe
+from vqgan_jax.train.recipe import Recipe, frozen_networks, transformer_recipe, vqgan_recipe
 from vqgan_jax.train.roofline import trace_plain
+from vqgan_jax.train.transformer_step import REFERENCE
 from vqgan_jax.transformer import ImageTransformer, TransformerConfig
 
 Tree = Any
@@ -82,11 +82,16 @@ def train_program(config: ConfigDict, mesh: Mesh, *, examples: int, stages: Sequ
     else:
         cached = False
         model = VQGAN(VQGANConfig.from_config(config.model), setup.dtype_of(config), setup.remat_of(config))
-        frozen, keys = (_lpips() if uses_lpips(config) else {}), (model.config.input_key,)
+        keys = (model.config.input_key,)
+        frozen = {name: jax.eval_shape(init, jax.random.key(0)) for name, init in frozen_networks(config).items()}
         make = functools.partial(vqgan_recipe, config, durations=durations)
     recipe = make(model=model)
     state = parallel.abstract_sharded(recipe.init, mesh, jax.random.key(0))
     frozen = by_size(frozen, mesh)
+    beside = frozen if cached else {}
+    if is_transformer(config) and config.loss.cca.weight:
+        reference = functools.partial(parallel.abstract_sharded, lambda key: cast_weights(model.init(key), model.dtype))
+        frozen = frozen | {REFERENCE: reference(mesh, jax.random.key(0))}
     args = state, batch_of(config, keys, config.batch_size, mesh), frozen
 
     def needed() -> Any:
@@ -94,7 +99,7 @@ def train_program(config: ConfigDict, mesh: Mesh, *, examples: int, stages: Sequ
         return trace_plain(make(model=plain).step, *args)
 
     step = setup.jit_step(recipe.step, recipe.learning_rate, state)
-    return Program(step, args, mesh, config.batch_size, durations.total, needed, frozen if cached else {})
+    return Program(step, args, mesh, config.batch_size, durations.total, needed, beside)
 
 
 def sample_program(config: ConfigDict, mesh: Mesh, batch: int, stages: Sequence[Mapping[str, Any]]) -> Program:
@@ -155,11 +160,6 @@ def _tokenizer(model: Mapping[str, Any], dtype: Any) -> tuple[Tokenizer, Tree]:
     images = jnp.zeros((1, c.resolution, c.resolution, c.in_channels))
     keys = dict.fromkeys(("params", "quantizer"), jax.random.key(0))
     return Tokenizer(vqgan), jax.eval_shape(vqgan.init, keys, images)
-
-
-def _lpips() -> Tree:
-    images = jnp.zeros((1, 64, 64, 3))
-    return {"lpips": jax.eval_shape(LPIPS().init, jax.random.key(0), images, images)}
 
 
 def batch_of(config: ConfigDict, keys: Sequence[str], batch: int, mesh: Mesh) -> Tree:

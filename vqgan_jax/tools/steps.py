@@ -15,13 +15,14 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import vqgan_jax
-from vqgan_jax import cli
+from vqgan_jax import cli, storage
 from vqgan_jax.config import UserError
+from vqgan_jax.exit_codes import PREEMPTED
 from vqgan_jax.tools import report
-from vqgan_jax.train.loop import PREEMPTED
 
 ROOT = Path(vqgan_jax.__file__).resolve().parent.parent
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}
+SHARPER = ("--temperature=0.9", "--top_p=0.9")  # transformers trained for minutes are not yet sure of themselves
 
 Runner = Callable[[Sequence[str], Mapping[str, str]], int]  # (argv, environment) -> exit code
 
@@ -125,7 +126,7 @@ class Steps:
         began = self._clock()
         code = self._run([sys.executable, *self._args(step)], {**os.environ, **self._variables})
         entry = {"command": command, "seconds": round(self._clock() - began, 1), "exit": code}
-        write(self.folder / report.COMMANDS, json.dumps([*_entries(self.folder), entry], indent=1) + "\n")
+        storage.write_json(self.folder / report.COMMANDS, [*_entries(self.folder), entry])
         if code == PREEMPTED:
             raise ChildFailed(f"stopped and saved; to go on: {self._again}", code)
         if code != 0:
@@ -136,6 +137,20 @@ class Steps:
                 raise UserError(f"{source}: missing, though this ended well: {command}")
             if source != target:
                 shutil.copyfile(source, target)
+
+
+def exit_code(tool: str, work: Callable[[], Any]) -> int:
+    """Runs `work` and returns the exit code as `cli.exit_code` does, or that of the command which failed."""
+
+    def run() -> int:
+        try:
+            work()
+        except ChildFailed as error:
+            print(f"{tool}: {error}", file=sys.stderr)
+            return error.code
+        return 0
+
+    return cli.exit_code(run)
 
 
 def run_child(argv: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -166,13 +181,6 @@ def run_child(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     if asked and code == 0:
         return 128 + asked  # it had ended anyway, but we were told to stop
     return code if code >= 0 else 128 - code
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _entries(folder: Path) -> list[dict[str, Any]]:

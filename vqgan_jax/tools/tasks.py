@@ -3,7 +3,6 @@ type, and draws one sheet of all. TASKS is the whole."""
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,14 +11,13 @@ from typing import Any
 
 import jax
 
-from vqgan_jax import images
-from vqgan_jax.config import UserError, choose
+from vqgan_jax import images, storage
+from vqgan_jax.config import choose
 from vqgan_jax.tools import report
-from vqgan_jax.tools.steps import ChildFailed, Runner, Step, Steps, run_child, write
+from vqgan_jax.tools.steps import SHARPER, Runner, Step, Steps, exit_code, run_child
 from vqgan_jax.tools.task_scores import Figure, Shown, open_task
 from vqgan_jax.tools.task_sheet import draw_sheet
 
-SHARPER = ("--temperature=0.9", "--top_p=0.9")  # transformers trained for minutes are not yet sure of themselves
 NUMBER = 96  # samples of each, all of them scored
 BATCH = 48
 SHEET, TABLE = "sheet.png", "table.md"
@@ -199,9 +197,9 @@ def run_tasks(
         shown[name] = opened.shown(task.title, task.figure, task.enlarged)
         print(f"{task.title}: {shown[name].caption}", flush=True)
     images.save_png(steps.folder / SHEET, draw_sheet(shown.values()))
-    write(steps.folder / TABLE, table(shown))
+    storage.write_text(steps.folder / TABLE, table(shown))
     summary = {name: one.figures for name, one in shown.items()} | {"seconds": round(steps.seconds(), 1)}
-    write(steps.folder / report.SUMMARY, json.dumps(summary, indent=1) + "\n")
+    storage.write_json(steps.folder / report.SUMMARY, summary)
     print(f"{Path(out) / SHEET}, {Path(out) / TABLE} ({steps.elapsed} in all)", flush=True)
     return summary
 
@@ -232,18 +230,14 @@ def main(argv: Sequence[str] | None = None, *, run: Runner = run_child) -> int:
     parser.add_argument("--only", default="", metavar="NAMES", help=f"some of {', '.join(TASKS)}")
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
-    try:
+
+    def work() -> None:
         names = [name for name in args.only.split(",") if name] or list(TASKS)
         for name in names:
             choose("--only", name, TASKS)
         run_tasks(args.out, names, run=run)
-    except ChildFailed as error:
-        print(f"tasks: {error}", file=sys.stderr)
-        return error.code
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code("tasks", work)
 
 
 if __name__ == "__main__":

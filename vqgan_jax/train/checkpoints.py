@@ -7,12 +7,10 @@ checkpoint stays, and the manifest, written last, is what makes it one.
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
@@ -24,14 +22,13 @@ from jax.experimental import multihost_utils
 
 from vqgan_jax import storage
 from vqgan_jax.config import UserError, choose, suggest
+from vqgan_jax.train import manifests
 
 State = TypeVar("State")
 Record = dict[str, Any]
 
-MANIFEST = "manifest.json"
-_OWN = "sha256"  # of the manifest itself
-_UNSEALED = "it has no manifest: the run was killed during the save"
 _NOTHING, _ALL_DAMAGED = -1, -2
+SEAL_SECONDS = 300  # that hosts wait at the end for host 0 to seal the last checkpoint
 _logger = logging.getLogger(__name__)
 
 
@@ -51,6 +48,7 @@ class Checkpoints:
         keep_best: int,
         best_metric: str = "",
         best_mode: Literal["min", "max"] = "min",
+        read_only: bool = False,
     ):
         """Opens `directory`, making it where it is missing.
 
@@ -61,6 +59,7 @@ class Checkpoints:
           keep_best: best checkpoints by `best_metric` kept besides.
           best_metric: the name of a metric handed to `save`; "" where keep_best is 0.
           best_mode: whether the lowest or the highest value is best.
+          read_only: restore beside a run that may be going on: remove, move and save nothing.
 
         Raises:
           UserError: the directory cannot be written, or the policy contradicts itself.
@@ -74,14 +73,21 @@ class Checkpoints:
         if not storage.is_remote(directory):  # in a bucket a proof that comes and goes would confuse other hosts' lists
             storage.make_folder(self.directory, f"--workdir={directory}")
         self._ranking = {"best_metric": best_metric, "best_mode": best_mode}
-        self._keep = _Keep(keep_last, keep_best, _manifests(self.directory))
-        options = ocp.CheckpointManagerOptions(preservation_policy=self._keep, cleanup_tmp_directories=True)
+        self._keep = _Keep(keep_last, keep_best, manifests.read_all(self.directory))
+        self._read_only = read_only
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._keep, cleanup_tmp_directories=not read_only, create=not read_only
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "record"))
         self._hasher = ThreadPoolExecutor(1, "manifest")
         self._uncommitted: tuple[int, dict[str, Any]] | None = None
         self._sealing: tuple[int, Future[None]] | None = None
+        self._unsealed: int | None = None  # a step that Orbax has committed, and whose manifest was not written
+        self._finished = 0
 
-    def save(self, step: int, state: Any, record: Record, metrics: Mapping[str, float] | None) -> None:
+    def save(
+        self, step: int, state: Any, record: Record, metrics: Mapping[str, float] | None, *, owed: bool = False
+    ) -> None:
         """Starts to save and returns once `state` is copied: it may be donated at once.
 
         Blocks only while the save before is unfinished.
@@ -91,19 +97,21 @@ class Checkpoints:
           state: a tree of arrays (typed keys included).
           record: plain JSON data that goes with them: format_version, config, step, seed.
           metrics: evaluation scalars of this very step, by which the best is chosen; None where there was none.
+          owed: whether an evaluation of this step is due but not done; `settle` says once it is.
 
         Raises:
-          UserError: best_metric is not among `metrics`, or this or the save before could not be written.
+          UserError: best_metric is not among `metrics`, or this or the save before can never be written.
+          StorageError: this or the save before was not written; it can be saved anew, or another step.
         """
         self.wait()
-        best_metric = self._ranking["best_metric"]
-        if metrics is not None and best_metric and best_metric not in metrics:
-            raise UserError(f"config.checkpoint.best_metric: no metric '{best_metric}'{suggest(best_metric, metrics)}")
-        finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
-        manifest = {"step": step, "metrics": finite, **self._ranking}
+        manifest = {"step": step, "metrics": self._ranked(metrics), **self._ranking, "owed": owed}
         self._keep.manifests[step] = manifest
+        self._keep.failed.discard(step)
+        if step == self._unsealed:
+            self._seal_committed(step, manifest)
+            return
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-        with self._reported(step, OSError):
+        with self._reported(step, storage.is_storage_error):
             self._manager.save(step, args=items, force=True)
         self._uncommitted = (step, manifest)
 
@@ -111,7 +119,8 @@ class Checkpoints:
         """Carries a running save on without blocking: once Orbax has committed, the manifest is begun. Call it often.
 
         Raises:
-          UserError: the save failed, for example on a full disk; the checkpoint before it is untouched.
+          UserError: the save failed for good, for example on a full disk; the checkpoint before it is untouched.
+          StorageError: it failed for now.
         """
         if self._uncommitted is not None and not self._manager.is_saving_in_progress():
             self._seal()
@@ -119,19 +128,45 @@ class Checkpoints:
             self._sealed()
 
     def wait(self) -> None:
-        """Blocks until the last save is committed and its manifest written. Raises UserError as `poll` does."""
+        """Blocks until the last save is committed and its manifest written. Raises as `poll` does."""
         if self._uncommitted is not None:
             self._seal()
         if self._sealing is not None:
             self._sealed()
 
-    def restore(self, abstract_state: State) -> tuple[State, Record] | None:
+    def finish(self) -> None:
+        """`wait` before a job ends: host 0 alone seals, and no other leaves before it has, for SEAL_SECONDS at most."""
+        self.wait()
+        if jax.process_count() > 1:
+            self._finished += 1
+            name = f"sealed {self.directory} {self._finished}"
+            everybody = set(range(jax.process_count()))
+            ocp.multihost.sync_global_processes(name, timeout=SEAL_SECONDS, processes=everybody)
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._uncommitted is not None or self._sealing is not None
+
+    def owes(self, step: int) -> bool:
+        """Whether the checkpoint of `step` was saved with its evaluation still owed."""
+        return self._keep.manifests.get(step, {}).get("owed", False)
+
+    def settle(self, step: int, metrics: Mapping[str, float] | None) -> None:
+        """Notes that the evaluation owed at `step`, which was restored, is done and logged; `metrics` as in `save`."""
+        manifest = {**self._keep.manifests[step], "metrics": self._ranked(metrics), "owed": False}
+        self._keep.manifests[step] = manifest
+        if jax.process_index() == 0:
+            manifests.sign(self.directory / str(step), manifest)
+
+    def restore(self, abstract_state: State | Callable[[Mapping[str, Any]], State]) -> tuple[State, Record] | None:
         """Restores the newest checkpoint whose manifest verifies, None where there is none to restore.
 
         Damaged ones are named in the log and moved aside to `<step>.damaged`, so that their step can be saved again.
 
         Args:
-          abstract_state: a tree of ShapeDtypeStruct with the shardings to restore onto (any mesh).
+          abstract_state: a tree of ShapeDtypeStruct with the shardings to restore onto (any mesh), or what makes it
+            of the saved tree, whose leaves have a shape and a dtype.
 
         Returns:
           (state, record).
@@ -143,21 +178,24 @@ class Checkpoints:
         self.wait()
         step = self._newest_whole()
         self._manager.reload()
-        self._keep.manifests = _manifests(self.directory)
+        self._keep.manifests = manifests.read_all(self.directory)
         if step is None:
             return None
-        _check_tree(self.directory / str(step), abstract_state)
+        saved = ocp.PyTreeCheckpointHandler().metadata(self.directory / str(step) / "state").tree
+        if callable(abstract_state):
+            abstract_state = abstract_state(saved)
+        _check_tree(self.directory / str(step), saved, abstract_state)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), record=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         return restored.state, restored.record
 
     def latest_step(self) -> int | None:
         """The newest step with a manifest."""
-        return max(_manifests(self.directory), default=None)
+        return max(manifests.read_all(self.directory), default=None)
 
     def best_step(self) -> int | None:
         """The step with the best metric, None where no checkpoint holds one."""
-        return next(iter(_best_first(_manifests(self.directory))), None)
+        return next(iter(manifests.best_first(manifests.read_all(self.directory))), None)
 
     def close(self) -> None:
         """Finishes a running save and frees the threads."""
@@ -170,51 +208,70 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        storage.in_the_end(self.close, error)
+
+    def _ranked(self, metrics: Mapping[str, float] | None) -> dict[str, float]:
+        """Those of `metrics` by which checkpoints can be compared. Raises UserError without the one that decides."""
+        best_metric = self._ranking["best_metric"]
+        if metrics is not None and best_metric and best_metric not in metrics:
+            raise UserError(f"config.checkpoint.best_metric: no metric '{best_metric}'{suggest(best_metric, metrics)}")
+        return {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
 
     @contextlib.contextmanager
-    def _reported(self, step: int, *kinds: type[Exception]) -> Iterator[None]:
+    def _reported(self, step: int, of_storage: Callable[[Exception], bool] = lambda _: True) -> Iterator[None]:
         """Turns a failed save into one line for the user; Orbax would also log a traceback of its own."""
         absl, level = logging.getLogger("absl"), logging.getLogger("absl").level
         absl.setLevel(logging.CRITICAL)
         try:
             yield
-        except kinds as error:
-            latest = self.latest_step()
+        except Exception as error:
+            if not of_storage(error):
+                raise
+            self._keep.manifests.pop(step, None)
+            self._keep.failed.add(step)
+            latest = max(self._keep.manifests, default=None)
             last = "there is none before it" if latest is None else f"the newest whole one is of step {latest}"
-            reason = _first_line(error)
-            raise UserError(f"{self.directory}: checkpoint of step {step} was not saved ({reason}); {last}") from error
+            message = (
+                f"{self.directory}: checkpoint of step {step} was not saved ({manifests.first_line(error)}); {last}"
+            )
+            gone = not storage.is_remote(self.directory) and not self.directory.exists()
+            kind = storage.StorageError if storage.may_pass(error) and not gone else UserError
+            raise kind(message) from error
         finally:
             absl.setLevel(level)
 
     def _seal(self) -> None:
         (step, manifest), self._uncommitted = self._uncommitted, None
-        with self._reported(step, Exception):  # what fails in the background is the storage, in many types
+        with self._reported(step):  # what fails in the background is the storage, in many types
             self._manager.wait_until_finished()
         if jax.process_index() == 0:
-            job = self._hasher.submit(_write_manifest, self.directory / str(step), manifest)
-            self._sealing = (step, job)
+            self._seal_committed(step, manifest)
+
+    def _seal_committed(self, step: int, manifest: dict[str, Any]) -> None:
+        self._unsealed = step
+        self._sealing = (step, self._hasher.submit(manifests.write, self.directory / str(step), manifest))
 
     def _sealed(self) -> None:
         (step, job), self._sealing = self._sealing, None
-        with self._reported(step, Exception):
+        with self._reported(step):
             job.result()
+        self._unsealed = None
 
     def _newest_whole(self) -> int | None:
         found, faults = _NOTHING, {}
         if jax.process_index() == 0:
-            steps = _steps(self.directory)[::-1]
+            steps = manifests.steps_in(self.directory)[::-1]
             for step in steps:
-                if not (fault := _fault(self.directory / str(step))):
+                if not (fault := manifests.fault(self.directory / str(step))):
                     found = step
                     break
                 faults[step] = fault
-            if found == _NOTHING and any(fault != _UNSEALED for fault in faults.values()):
+            if found == _NOTHING and any(fault != manifests.UNSEALED for fault in faults.values()):
                 found = _ALL_DAMAGED
-            else:
+            elif not self._read_only:
                 for step, fault in faults.items():
-                    _move_aside(self.directory / str(step), fault)
+                    manifests.move_aside(self.directory / str(step), fault)
         found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
         if found == _ALL_DAMAGED:
             names = "; ".join(f"{step}: {fault}" for step, fault in faults.items())
@@ -240,17 +297,17 @@ def load(
       UserError: no such checkpoint, all candidates are damaged, or an entry of `only` is unknown.
     """
     directory = storage.absolute(directory)
-    steps = _steps(directory)
+    steps = manifests.steps_in(directory)
     if step is not None and step not in steps:
         raise UserError(f"{directory}: no checkpoint of step {step}{suggest(str(step), map(str, steps))}")
-    ranked = _best_first(_manifests(directory)) if best else []  # none: no checkpoint was evaluated
+    ranked = manifests.best_first(manifests.read_all(directory)) if best else []  # none: no checkpoint was evaluated
     candidates = [step] if step is not None else ranked or steps[::-1]
     if not candidates:
         raise UserError(f"{directory}: no checkpoint there")
     faults = []
     for candidate in candidates:
         folder = directory / str(candidate)
-        if not (fault := _fault(folder)):
+        if not (fault := manifests.fault(folder)):
             break
         _logger.warning("%s is damaged (%s): passed over", folder, fault)
         faults.append(f"{candidate}: {fault}")
@@ -276,92 +333,17 @@ class _Keep:
     last: int
     best: int
     manifests: dict[int, dict[str, Any]]
+    failed: set[int] = dataclasses.field(default_factory=set)  # steps whose save failed: nothing to fall back on
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = sorted(info.step for info in checkpoints)
+        steps = sorted(info.step for info in checkpoints if info.step not in self.failed)
         newest = steps[-max(self.last, 2) :]
-        best = _best_first({step: self.manifests[step] for step in steps if step in self.manifests})[: self.best]
+        known = {step: self.manifests[step] for step in steps if step in self.manifests}
+        best = manifests.best_first(known)[: self.best]
         return [info.step in newest or info.step in best for info in checkpoints]
 
 
-def _best_first(manifests: Mapping[int, Mapping[str, Any]]) -> list[int]:
-    """Steps that hold the metric their newest manifest ranks by, the best first, the newer first among equals."""
-    if not manifests:
-        return []
-    metric, mode = (manifests[max(manifests)][key] for key in ("best_metric", "best_mode"))
-    sign = -1 if mode == "max" else 1
-    scores = {step: sign * m["metrics"][metric] for step, m in manifests.items() if metric in m["metrics"]}
-    return sorted(scores, key=lambda step: (scores[step], -step))
-
-
-def _steps(directory: epath.Path) -> list[int]:
-    try:
-        return sorted(int(folder.name) for folder in directory.iterdir() if folder.name.isdigit())
-    except FileNotFoundError:
-        return []
-
-
-def _manifests(directory: epath.Path) -> dict[int, dict[str, Any]]:
-    """Every readable manifest by its step, ascending."""
-    found = {}
-    for step in _steps(directory):
-        try:
-            found[step] = json.loads((directory / str(step) / MANIFEST).read_text())
-        except (OSError, ValueError):
-            continue
-    return found
-
-
-def _write_manifest(folder: epath.Path, manifest: dict[str, Any]) -> None:
-    files = storage.files(folder)
-    with ThreadPoolExecutor(4) as pool:  # hashing frees the interpreter lock
-        digests = pool.map(storage.sha256, files)
-        named = {path.relative_to(folder).as_posix(): digest for path, digest in zip(files, digests, strict=True)}
-    manifest = {**manifest, "files": named}
-    storage.write_json(folder / MANIFEST, {**manifest, _OWN: _digest(manifest)})
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of what a manifest says, for it vouches for all files but itself."""
-    said = {name: value for name, value in manifest.items() if name != _OWN}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _fault(folder: epath.Path) -> str:
-    """What is wrong with a step folder, "" for nothing."""
-    if not (folder / MANIFEST).exists():
-        return _UNSEALED
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError):
-        return f"{MANIFEST} cannot be read"
-    if manifest.get(_OWN, _digest(manifest)) != _digest(manifest):  # the first versions wrote none
-        return f"{MANIFEST} has changed since it was written"
-
-    def check(name: str) -> str:
-        try:
-            return "" if storage.sha256(folder / name) == files[name] else f"{name} has changed since it was written"
-        except OSError as error:
-            # A disk that cannot be read has lost the file; a bucket that does not answer has not.
-            if storage.is_remote(folder) and not isinstance(error, FileNotFoundError):
-                raise UserError(f"{folder / name}: cannot be read ({_first_line(error)})") from error
-            return f"{name} cannot be read ({error.strerror or _first_line(error)})"
-
-    with ThreadPoolExecutor(4) as pool:
-        return next(filter(None, pool.map(check, files)), "")
-
-
-def _move_aside(folder: epath.Path, fault: str) -> None:
-    aside, tries = folder.parent / f"{folder.name}.damaged", 1
-    while aside.exists():
-        tries += 1
-        aside = folder.parent / f"{folder.name}.damaged.{tries}"
-    folder.rename(aside)
-    _logger.warning("%s is damaged (%s): moved to %s, falling back to the one before", folder, fault, aside.name)
-
-
-def _check_tree(folder: epath.Path, abstract_state: Any) -> None:
+def _check_tree(folder: epath.Path, saved: Any, abstract_state: Any) -> None:
     """Raises UserError that names the leaves where the saved tree and the wanted one differ in name, shape or dtype."""
 
     def describe(tree: Any) -> dict[str, str]:
@@ -372,7 +354,7 @@ def _check_tree(folder: epath.Path, abstract_state: Any) -> None:
             named[jax.tree_util.keystr(path, simple=True, separator="/")] = f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
         return named
 
-    there, here = describe(ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree), describe(abstract_state)
+    there, here = describe(saved), describe(abstract_state)
     found = [
         f"{name}: {there.get(name, 'nothing')} there, {here.get(name, 'nothing')} here"
         for name in sorted(there | here)
@@ -381,7 +363,3 @@ def _check_tree(folder: epath.Path, abstract_state: Any) -> None:
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise UserError(f"{folder}: does not fit this config: {'; '.join(found[:5])}{more}")
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

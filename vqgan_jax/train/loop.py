@@ -11,25 +11,24 @@ import functools
 import logging
 import math
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType, MappingProxyType
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vqgan_jax import storage
 from vqgan_jax.config import UserError
+from vqgan_jax.exit_codes import PREEMPTED
 from vqgan_jax.images import save_png
 from vqgan_jax.parallel import local_rows, say
+from vqgan_jax.stopping import BrokenOff, StopRequest, check
 from vqgan_jax.train.checkpoints import Checkpoints
 from vqgan_jax.train.metric_writer import MetricWriter
 from vqgan_jax.train.speed import of_steps, utilisation
@@ -38,7 +37,6 @@ from vqgan_jax.watchdog import Watchdog
 State = TypeVar("State")
 Batch = Mapping[str, jax.Array]
 
-PREEMPTED = 42  # the exit code that job schedulers are told to restart on
 _logger = logging.getLogger(__name__)
 
 
@@ -94,7 +92,9 @@ def train(
     """Trains from `start_step` to `schedule.total` and returns the last state.
 
     After s completed steps: evaluate, draw and save where due, in this order, then take a batch, then step. None of
-    them is done again at the step a run starts from. The batches are closed at the end, however it comes.
+    them is done again at the step a run starts from, but what a job left out there because it had to go: a request to
+    stop breaks evaluations off, and all that was due at that step is done and logged at the next start. A save that
+    the storage does not take is repeated, later and later. The batches are closed at the end, however it comes.
 
     Args:
       state: a struct of arrays; its `skipped` (int32 scalar), where it has one, counts non-finite steps so far.
@@ -120,10 +120,12 @@ def train(
       profile: (first, last): trace the steps between these two counts of completed steps with the JAX profiler.
 
     Raises:
-      UserError: more steps were not finite than the budget allows, or a checkpoint could not be saved.
+      UserError: more steps were not finite than the budget allows, or a checkpoint can never be saved.
+      StorageError: a checkpoint could not be saved for long; on several hosts at once.
       SystemExit: with code PREEMPTED after SIGTERM or one SIGINT, once the state is saved.
     """
-    if start_step >= schedule.total:
+    owed = checkpoints.owes(start_step)
+    if start_step >= schedule.total and not owed:
         batches.close()
         say(f"already finished: {start_step} of {schedule.total} steps are done")
         return state
@@ -131,47 +133,52 @@ def train(
     rates = {"images/s": examples_per_step, **units}
     skipped = int(jax.device_get(getattr(state, "skipped", 0)))
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_StopRequest())
+        stop = stack.enter_context(StopRequest())
         beat = stack.enter_context(watchdog).beat if watchdog else lambda *_, **__: None
-        stack.callback(writer.flush)
-        stack.callback(checkpoints.wait)
-        stack.callback(batches.close)
+        for work in (writer.flush, checkpoints.wait, batches.close):
+            stack.push(lambda kind, error, _, work=work: storage.in_the_end(work, error))
         trace = stack.enter_context(contextlib.ExitStack())
         progress = stack.enter_context(_Progress(schedule.total, start_step, headline))
         report = _Report(writer, progress, schedule, rates, workdir, nonfinite_budget, skipped)
+        looks = _Looks(schedule, writer, workdir, evaluate, score, draw)
+        saves = _Saves(checkpoints, progress.say)
         step = start_step
         while True:
-            # A job that must go has seconds left: it saves, and leaves the evaluation of this step out.
-            stopping = stop.requested(step) and step < schedule.total
-            fresh = step > start_step
-            evaluating = fresh and not stopping and evaluate is not None and schedule.due(schedule.evaluate, step)
-            scoring = fresh and not stopping and score is not None and schedule.due(schedule.score, step)
-            drawing = fresh and not stopping and draw is not None and schedule.due(schedule.images, step)
-            saving = fresh and schedule.save > 0 and (stopping or schedule.due(schedule.save, step))
-            if evaluating or scoring or drawing or saving or stopping or step == schedule.total:
+            stopping = stop.requested()
+            fresh, last = step > start_step, step == schedule.total
+            looking = looks.due(step) and (fresh or owed)
+            due = fresh and schedule.save > 0 and (schedule.due(schedule.save, step) or saves.due)
+            if looking or due or stopping or last:
                 report.settle()  # a checkpoint of step s promises that the logs hold step s
-            if evaluating or scoring or drawing or saving:
                 beat(step, "evaluating, drawing or saving", timed=False)
-            found = {**(evaluate(state, step) if evaluating else {}), **(score(state, step) if scoring else {})}
-            scalars = {f"val/{name.removeprefix('val/')}": float(value) for name, value in found.items()}
-            if scalars:
-                writer.write_scalars(step, scalars)
-                progress.say(f"step {step}: {_line(scalars)}")
-            if drawing:
-                _draw(draw(state, step), step, writer, workdir)
-            if saving:
+            scalars = None
+            if looking and not stopping:  # a job that must go has seconds left
+                with contextlib.suppress(BrokenOff), stop.breaking():
+                    scalars = looks.take(state, step)
+                if scalars:
+                    progress.say(f"step {step}: {_line(scalars)}")
+                stopping = stop.requested()
+            owed = looking and scalars is None
+            ranked = scalars if looks.ranks(step) else None
+            save = None
+            if due or (stopping and fresh and schedule.save > 0):
                 writer.flush()
                 examples = start_examples + (step - start_step) * examples_per_step
-                checkpoints.save(
-                    step, state, {**record, "step": step, "examples": examples}, scalars if evaluating else None
-                )
-            if evaluating or scoring or drawing or saving:
+                told = {**record, "step": step, "examples": examples}
+                save = functools.partial(checkpoints.save, step, state, told, ranked, owed=owed)
+                saves.begin(save)
+                stopping = stopping or stop.requested()
+            elif looking and not fresh and not owed:
+                writer.flush()
+                checkpoints.settle(step, ranked)
+            if looking or save:
                 report.restart_clock()
-            if step == schedule.total:
+            if last or stopping:
+                saves.finish(save)
+            if last and not owed:
                 break
             if stopping:
-                checkpoints.wait()
-                progress.say(f"preempted at step {step}: {'saved' if saving else 'nothing to save'}")
+                progress.say(f"preempted at step {step}: {'saved' if save else 'nothing to save'}")
                 raise SystemExit(PREEMPTED)
             if profile is not None and step == profile[0]:
                 folder = trace.enter_context(storage.staged_folder(workdir / "profile"))
@@ -188,8 +195,97 @@ def train(
             if flops is not None and step == start_step + 1:
                 report.rates |= utilisation(functools.partial(flops, batch))
             report.push(step, metrics, batch, batches.wait_seconds)
-            checkpoints.poll()
+            saves.poll()
     return state
+
+
+class _Looks:
+    """What looks at a state between two steps: the evaluation, the score and the pictures. A request to stop breaks
+    them off; they are logged together or not at all."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        writer: MetricWriter,
+        workdir: epath.Path,
+        evaluate: Callable[[State, int], Mapping[str, float]] | None,
+        score: Callable[[State, int], Mapping[str, float]] | None,
+        draw: Callable[[State, int], Mapping[str, np.ndarray]] | None,
+    ):
+        self._schedule, self._writer, self._workdir = schedule, writer, workdir
+        self._evaluate, self._score, self._draw = evaluate, score, draw
+
+    def due(self, step: int) -> bool:
+        """Whether any is due."""
+        due, every = self._schedule.due, self._schedule
+        looks = ((self._evaluate, every.evaluate), (self._score, every.score), (self._draw, every.images))
+        return any(look is not None and due(often, step) for look, often in looks)
+
+    def ranks(self, step: int) -> bool:
+        """Whether an evaluation is due, by which the checkpoint of this step is ranked."""
+        return self._evaluate is not None and self._schedule.due(self._schedule.evaluate, step)
+
+    def take(self, state: State, step: int) -> dict[str, float]:
+        """Runs and logs what is due; returns its numbers. Raises BrokenOff, with nothing logged."""
+        schedule, found, pictures = self._schedule, {}, {}
+        if self.ranks(step):
+            found |= self._evaluate(state, step)
+        check()
+        if self._score is not None and schedule.due(schedule.score, step):
+            found |= self._score(state, step)
+        check()
+        if self._draw is not None and schedule.due(schedule.images, step):
+            pictures = self._draw(state, step)
+        scalars = {f"val/{name.removeprefix('val/')}": float(value) for name, value in found.items()}
+        if scalars:
+            self._writer.write_scalars(step, scalars)
+        self._writer.write_images(step, {name: picture[None] for name, picture in pictures.items()})
+        if jax.process_index() == 0:
+            for name, picture in pictures.items():
+                save_png(self._workdir / "images" / f"{name.replace('/', '_')}_{step:08d}.png", picture)
+        return scalars
+
+
+class _Saves:
+    """Saves, and saves anew, from the state of the step it has come to by then, what the storage did not take."""
+
+    def __init__(self, checkpoints: Checkpoints, say: Callable[[str], None]):
+        self._checkpoints, self._say = checkpoints, say
+        self._waits, self._again = list(storage.BACKOFF), math.inf
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to save anew."""
+        return time.monotonic() >= self._again
+
+    def begin(self, save: Callable[[], None]) -> None:
+        """Calls `save`. Raises StorageError where that has failed too often, or there are other hosts: they will lose
+        this one, and all start again."""
+        self._again = math.inf
+        self._try(save)
+
+    def poll(self) -> None:
+        """Carries a running save on. Raises as `begin` does."""
+        self._try(self._checkpoints.poll)
+        if self._again == math.inf and not self._checkpoints.saving:
+            self._waits = list(storage.BACKOFF)
+
+    def finish(self, save: Callable[[], None] | None) -> None:
+        """Blocks until the last save, which was begun by `save`, has ended well. Raises as `begin` does."""
+        self._try(self._checkpoints.finish)
+        while save and self._again < math.inf:
+            time.sleep(max(0.0, self._again - time.monotonic()))
+            self.begin(save)
+            self._try(self._checkpoints.finish)
+
+    def _try(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except storage.StorageError as error:
+            if jax.process_count() > 1 or not self._waits:
+                raise
+            self._again = time.monotonic() + self._waits[0]
+            self._say(f"{error}; tried again in {self._waits.pop(0):g} s")
 
 
 class _Report:
@@ -303,45 +399,6 @@ class _Progress:
             self._bar.write(text)
         else:
             say(text)
-
-
-class _StopRequest:
-    """Whether the job was told to go: SIGTERM, or SIGINT, the second of which interrupts at once.
-
-    With several processes JAX's preemption service holds SIGTERM and names a step that all hosts reach together.
-    """
-
-    def __init__(self) -> None:
-        self._asked = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopRequest":
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def requested(self, step: int) -> bool:
-        """Asked once before every step, by every process."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        if number == signal.SIGINT:
-            signal.signal(number, self._previous[number])
-
-
-def _draw(pictures: Mapping[str, np.ndarray], step: int, writer: MetricWriter, workdir: epath.Path) -> None:
-    writer.write_images(step, {name: picture[None] for name, picture in pictures.items()})
-    if jax.process_index() == 0:
-        for name, picture in pictures.items():
-            save_png(workdir / "images" / f"{name.replace('/', '_')}_{step:08d}.png", picture)
 
 
 def _line(values: Mapping[str, float]) -> str:

@@ -4,6 +4,7 @@ The methods carry the names of clu.metric_writers.MetricWriter, whose own writer
 step N cuts its logs back to N, so that they read like those of a run that was never stopped.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -11,7 +12,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -72,14 +73,15 @@ class MetricWriter:
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        for sink in self._sinks:
-            sink.close()
+        with contextlib.ExitStack() as stack:
+            for sink in self._sinks[::-1]:
+                stack.callback(sink.close)
 
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        storage.in_the_end(self.close, error)
 
     def _each(self, method: str, *args: Any) -> None:
         for sink in self._sinks:
@@ -89,23 +91,23 @@ class MetricWriter:
 
 
 def open_writer(
-    workdir: str | os.PathLike, *, resume_step: int, hand_to_clu: bool = False, wandb: str = ""
+    workdir: str | os.PathLike, *, resume_step: int, owed: bool = False, hand_to_clu: bool = False, wandb: str = ""
 ) -> MetricWriter:
     """Opens the logs of a run and cuts them back to `resume_step`; on processes other than 0 a writer of nothing.
 
     Args:
       workdir: holds metrics.jsonl and tensorboard/ (and clu/).
       resume_step: completed steps of the restored checkpoint; what was logged after it is removed. 0 removes it all.
+      owed: whether the evaluation of that step is to be done yet: what a start left of it that was killed before its
+        checkpoint could note that it is done (metrics val/..., pictures) is removed too.
       hand_to_clu: also write through clu's default writer, where TensorFlow imports.
       wandb: also write to this project of Weights & Biases, "project" or "entity/project", where wandb imports.
     """
     if jax.process_index() != 0:
         return MetricWriter(())
     workdir = storage.path(workdir)
-    sinks = [
-        _JsonLines(workdir / JSON_LINES, resume_step),
-        _TensorBoard(workdir / TENSORBOARD, resume_step),
-    ]
+    lines = _JsonLines(workdir / JSON_LINES, resume_step, owed)
+    sinks = [lines, _TensorBoard(workdir / TENSORBOARD, resume_step, lines.standing if owed else None)]
     if hand_to_clu:
         try:
             from clu import metric_writers
@@ -115,9 +117,11 @@ def open_writer(
             sinks.append(metric_writers.create_default_writer(str(workdir / CLU), asynchronous=False))
     if wandb:
         try:
-            sinks.append(_WandB(workdir, wandb))
+            sinks.append(_WandB(workdir, wandb, resume_step))
         except ImportError as error:
             _logger.warning("wandb does not import (%s): written to the other logs alone", error)
+        except Exception as error:  # its own kinds, of the network and of accounts
+            _logger.warning("wandb does not start (%s): written to the other logs alone", error)
     return MetricWriter(sinks)
 
 
@@ -142,12 +146,16 @@ class _Silent:
 class _JsonLines(_Silent):
     """One JSON object a line: {"step", "time" (seconds since 1970), names...}; "nan", "inf", "-inf" are strings."""
 
-    def __init__(self, path: epath.Path, resume_step: int):
+    def __init__(self, path: epath.Path, resume_step: int, owed: bool):
         self._mirror = storage.Mirror(path)
+        self.standing = {}  # numbers of the step resumed at
         log = self._mirror.local
         if log.exists():
-            kept = [line + b"\n" for line in log.read_bytes().splitlines() if _stays(line, resume_step)]
-            storage.write_bytes(log, b"".join(kept))
+            kept = [line for line in log.read_bytes().splitlines() if _stays(line, resume_step, owed)]
+            storage.write_bytes(log, b"".join(line + b"\n" for line in kept))
+            for line in map(json.loads, kept):
+                if line["step"] == resume_step:
+                    self.standing |= {name: float(value) for name, value in line.items() if _is_number(value)}
         self._file = log.open("a")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -170,12 +178,19 @@ class _JsonLines(_Silent):
         self._file.flush()  # a killed process then loses no finished line
 
 
-def _stays(line: bytes, resume_step: int) -> bool:
-    """Whether a line is whole (a killed process may tear its last one) and of a step that stands."""
+def _stays(line: bytes, resume_step: int, owed: bool) -> bool:
+    """Whether a line is whole (a killed process may tear its last one) and of a step, or evaluation, that stands."""
     try:
-        return resume_step > 0 and json.loads(line)["step"] <= resume_step
+        step = (values := json.loads(line))["step"]
+        if owed and step == resume_step and any(name.startswith("val/") for name in values):
+            return False
+        return resume_step > 0 and step <= resume_step
     except (ValueError, KeyError, TypeError):
         return False
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or value in ("nan", "inf", "-inf")
 
 
 class _TensorBoard(_Silent):
@@ -183,16 +198,19 @@ class _TensorBoard(_Silent):
 
     A bucket takes whole files only, so that a long file would be uploaded again and again: there a further one is begun
     once a file is large. A start is marked in the file: every reader of TensorBoard then drops what older files hold
-    from that step on.
+    from that step on. Where the evaluation of the step resumed at is owed, that is this very step, and its other
+    numbers, `standing`, are written anew.
     """
 
-    def __init__(self, folder: epath.Path, resume_step: int):
+    def __init__(self, folder: epath.Path, resume_step: int, standing: Mapping[str, float] | None):
         taken = [int(match[1]) for path in storage.files(folder) if (match := _EVENT_FILE.fullmatch(path.name))]
         self._folder, self._number = folder, max(taken, default=0)
         self._resumed = resume_step > 0
         self._next_file()
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(event_pb2.Event(step=resume_step + 1 if self._resumed else 0, session_log=start))
+        first = resume_step + (standing is None) if self._resumed else 0
+        self._write(event_pb2.Event(step=first, session_log=start))
+        self.write_scalars(resume_step, {k: v for k, v in (standing or {}).items() if k not in ("step", "time")})
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
@@ -248,21 +266,22 @@ class _TensorBoard(_Silent):
 
 
 class _WandB(_Silent):
-    """One run of Weights & Biases a workdir, which every start goes on with.
+    """One run of Weights & Biases a workdir, which every start goes on with but one from step 0. It is a copy of the
+    other logs: where it fails it says so once, and the training goes on.
 
-    Its server never takes a step twice. A start that goes back to a checkpoint logs the very numbers that stand there
-    already, so they are left out.
+    W&B's own counter of rows only grows, so the step is a value, one for each of the loop's ways to log: a start that
+    goes back to a checkpoint leaves out what stands there already, and makes up for an evaluation that is owed.
     """
 
-    def __init__(self, workdir: epath.Path, project: str):
+    def __init__(self, workdir: epath.Path, project: str, resume_step: int):
         import wandb
 
         named = workdir / "run" / "wandb.txt"
-        if not named.exists():
+        if not (resume_step and named.exists()):
             storage.write_bytes(named, secrets.token_hex(8).encode())
         entity, _, name = project.rpartition("/")
         config = workdir / "config.json"
-        self._image = wandb.Image
+        self._image, self._failed = wandb.Image, False
         self._run = wandb.init(
             entity=entity or None,
             project=name,
@@ -271,17 +290,28 @@ class _WandB(_Silent):
             resume="allow",
             config=json.loads(config.read_text()) if config.exists() else {},
         )
-        self._logged = self._run.step - 1 if self._run.resumed else -1
+        self._try(lambda: self._run.define_metric("*", step_metric="step"))
+        self._try(lambda: self._run.define_metric("val/*", step_metric="val/step"))
+        counters = ("step", "val/step", "images/step")
+        self._logged = {name: self._run.summary.get(name, -1) if self._run.resumed else -1 for name in counters}
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._log(step, scalars)
+        self._log("val/step" if any(name.startswith("val/") for name in scalars) else "step", step, lambda: scalars)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        self._log(step, {name: [self._image(picture) for picture in pictures] for name, pictures in images.items()})
+        self._log("images/step", step, lambda: {name: [*map(self._image, some)] for name, some in images.items()})
 
     def close(self) -> None:
-        self._run.finish()
+        self._try(self._run.finish)
 
-    def _log(self, step: int, values: Mapping[str, Any]) -> None:
-        if step > self._logged:
-            self._run.log(dict(values), step=step)
+    def _log(self, counter: str, step: int, values: Callable[[], Mapping[str, Any]]) -> None:
+        if step > self._logged[counter]:
+            self._try(lambda: self._run.log({**values(), counter: step}))
+
+    def _try(self, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except Exception as error:
+            if not self._failed:
+                _logger.warning("wandb fails (%s): the other logs have everything", error)
+            self._failed = True
