@@ -1,0 +1,105 @@
+"""`config.model.quantizer` of every kind, with its defaults (vqgan_jax/models/quantizers)."""
+
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+
+def vq(codebook_size: int, dim: int) -> ConfigDict:
+    """Nearest code by gradient, as published."""
+    return ConfigDict(
+        dict(
+            name="vq",
+            codebook_size=codebook_size,
+            dim=dim,
+            commitment_weight=0.25,
+            codebook_weight=1.0,
+            restart_below=0.0,
+            usage_decay=0.99,
+            normalize=False,
+            start="uniform",
+        )
+    )
+
+
+def ema(codebook_size: int, dim: int) -> ConfigDict:
+    """Nearest code by running means, dead codes restarted."""
+    return ConfigDict(
+        dict(name="ema", codebook_size=codebook_size, dim=dim, commitment_weight=0.25, decay=0.97, restart_below=0.1)
+    )
+
+
+def gumbel(codebook_size: int, dim: int) -> ConfigDict:
+    """Gumbel-softmax codes, with the weight and temperatures of the released f8 model."""
+    return ConfigDict(
+        dict(
+            name="gumbel",
+            codebook_size=codebook_size,
+            dim=dim,
+            input_dim=dim,
+            kl_weight=1e-8,
+            straight_through=True,
+            temperature_start=0.9,
+            temperature_end=1e-6,
+            temperature_steps=1_000_001,
+        )
+    )
+
+
+def low_dim_vq(codebook_size: int, dim: int = 8) -> ConfigDict:
+    """Nearest code on the unit sphere, codes of few numbers (8 to 12) that start all over it."""
+    config = vq(codebook_size, dim)
+    config.normalize, config.start = True, "sphere"
+    return config
+
+
+def fsq(levels: Sequence[int]) -> ConfigDict:
+    """Rounded numbers: (8, 5, 5, 5) are 1000 codes, (7, 5, 5, 5, 5) 4375, (8, 8, 8, 6, 5) 15360."""
+    return ConfigDict(dict(name="fsq", levels=tuple(levels)))
+
+
+def lfq(bits: int) -> ConfigDict:
+    """Signs, with an entropy term that weighs more at first."""
+    return ConfigDict(
+        dict(
+            name="lfq",
+            bits=bits,
+            commitment_weight=0.25,
+            entropy_start=0.3,
+            entropy_end=0.1,
+            entropy_steps=2000,
+            diversity_weight=1.0,
+            temperature=0.01,
+            group_bits=bits,
+        )
+    )
+
+
+def bsq(bits: int) -> ConfigDict:
+    """Signs on the unit sphere."""
+    config = lfq(bits)
+    config.name = "bsq"
+    return config
+
+
+def simvq(codebook_size: int, dim: int) -> ConfigDict:
+    """Random codes under one learned linear layer."""
+    return ConfigDict(
+        dict(name="simvq", codebook_size=codebook_size, dim=dim, commitment_weight=0.25, codebook_weight=1.0)
+    )
+
+
+def ibq(codebook_size: int, dim: int) -> ConfigDict:
+    """Codes that all learn, through the index."""
+    return ConfigDict(
+        dict(
+            name="ibq",
+            codebook_size=codebook_size,
+            dim=dim,
+            commitment_weight=1.0,
+            codebook_weight=0.25,
+            index_weight=1.0,
+            entropy_weight=0.05,
+            entropy_temperature=0.01,
+        )
+    )

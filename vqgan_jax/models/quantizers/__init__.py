@@ -1,0 +1,79 @@
+"""Quantizers under one contract: `(z, *, train, step) -> (z_q, ids, aux)`, `codes(ids)`, `codebook_size`, `dim`.
+
+What a quantizer remembers lives in the collection "codebook", its randomness in the stream "quantizer". Distances,
+softmaxes and statistics are float32. One file a kind, with its paper.
+"""
+
+from typing import Any
+
+from vqgan_jax.models.quantizers.contract import (
+    Aux,
+    Quantizer,
+    apply_restart,
+    count_codes,
+    nearest,
+    perplexity,
+)
+from vqgan_jax.models.quantizers.ema import EMAConfig, EMAVectorQuantizer
+from vqgan_jax.models.quantizers.fsq import FiniteScalarQuantizer, FSQConfig
+from vqgan_jax.models.quantizers.gumbel import GumbelConfig, GumbelQuantizer
+from vqgan_jax.models.quantizers.ibq import IBQConfig, IndexBackpropagationQuantizer
+from vqgan_jax.models.quantizers.lookup_free import BinarySphericalQuantizer, BSQConfig, LFQConfig, LookupFreeQuantizer
+from vqgan_jax.models.quantizers.simvq import SimVQConfig, SimVQQuantizer
+from vqgan_jax.models.quantizers.vq import VectorQuantizer, VQConfig
+
+QuantizerConfig = VQConfig | EMAConfig | GumbelConfig | FSQConfig | LFQConfig | BSQConfig | SimVQConfig | IBQConfig
+CONFIGS: dict[str, type[Any]] = {
+    "vq": VQConfig,
+    "ema": EMAConfig,
+    "gumbel": GumbelConfig,
+    "fsq": FSQConfig,
+    "lfq": LFQConfig,
+    "bsq": BSQConfig,
+    "simvq": SimVQConfig,
+    "ibq": IBQConfig,
+}
+MODULES = {
+    VQConfig: VectorQuantizer,
+    EMAConfig: EMAVectorQuantizer,
+    GumbelConfig: GumbelQuantizer,
+    FSQConfig: FiniteScalarQuantizer,
+    LFQConfig: LookupFreeQuantizer,
+    BSQConfig: BinarySphericalQuantizer,
+    SimVQConfig: SimVQQuantizer,
+    IBQConfig: IndexBackpropagationQuantizer,
+}
+
+__all__ = [
+    "CONFIGS",
+    "MODULES",
+    "Aux",
+    "BSQConfig",
+    "BinarySphericalQuantizer",
+    "EMAConfig",
+    "EMAVectorQuantizer",
+    "FSQConfig",
+    "FiniteScalarQuantizer",
+    "GumbelConfig",
+    "GumbelQuantizer",
+    "IBQConfig",
+    "IndexBackpropagationQuantizer",
+    "LFQConfig",
+    "LookupFreeQuantizer",
+    "Quantizer",
+    "QuantizerConfig",
+    "SimVQConfig",
+    "SimVQQuantizer",
+    "VQConfig",
+    "VectorQuantizer",
+    "apply_restart",
+    "count_codes",
+    "make_quantizer",
+    "nearest",
+    "perplexity",
+]
+
+
+def make_quantizer(config: QuantizerConfig, name: str) -> Quantizer:
+    """The module of a quantizer's hyper-parameters, under the given parameter name."""
+    return MODULES[type(config)](config, name=name)
