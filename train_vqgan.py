@@ -22,7 +22,7 @@ from vqgan_jax.evals.runner import reconstruction_scorer
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig, model_input
 from vqgan_jax.scoring import scheduled
 from vqgan_jax.train import loop, setup
-from vqgan_jax.train.recipe import uses_lpips, vqgan_recipe
+from vqgan_jax.train.recipe import frozen_networks, vqgan_recipe
 from vqgan_jax.train.replay import replay
 from vqgan_jax.train.run_record import write_run_record
 from vqgan_jax.train.speed import flops_counter
@@ -55,7 +55,8 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     # State: restored, or born sharded
     with setup.open_checkpoints(config, path) as checkpoints, jax.set_mesh(mesh):
         state, start = setup.restore_or_init(checkpoints, recipe.init, mesh, config, load_initial)
-        write_run_record(path, config)
+        if not config.replay:
+            write_run_record(path, config)
         if not start.step:
             parallel.say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
 
@@ -116,12 +117,22 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
 
 
 def load_frozen(config: ConfigDict) -> dict[str, Any]:
-    """LPIPS's variables, where the objective uses it."""
-    if not uses_lpips(config):
-        return {}
-    vgg = weights.fetch("vgg16", config.lpips.vgg or None, flag="--config.lpips.vgg")
-    heads = weights.fetch("lpips_vgg", config.lpips.heads or None, flag="--config.lpips.heads")
-    return {"lpips": networks.load_lpips(vgg, heads)}
+    """Variables of the frozen networks that the objective uses."""
+
+    def lpips() -> Any:
+        vgg = weights.fetch("vgg16", config.lpips.vgg, flag="--config.lpips.vgg")
+        return networks.load_lpips(vgg, weights.fetch("lpips_vgg", config.lpips.heads, flag="--config.lpips.heads"))
+
+    def resnet50() -> Any:
+        file = weights.fetch("resnet50", config.resnet50, flag="--config.resnet50")
+        return networks.load_resnet("resnet50", file).variables
+
+    def dino() -> Any:
+        name = config.model.discriminator.network
+        return networks.load_dino(name, weights.fetch(name, config.dino, flag="--config.dino"))
+
+    loaders = {"lpips": lpips, "resnet50": resnet50, "dino": dino}
+    return {name: loaders[name]() for name in frozen_networks(config)}
 
 
 def load_initial(path: str) -> dict[str, Any]:

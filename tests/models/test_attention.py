@@ -15,9 +15,9 @@ from vqgan_jax.models.attention import attend_sequence
 HEADS = 2
 
 
-def inputs(batch=2, length=130, width=16, dtype=jnp.float32):
+def inputs(batch=2, length=130, width=16, dtype=jnp.float32, kv_heads=HEADS):
     rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.standard_normal((batch, length, HEADS * width)), dtype) for _ in range(3)]
+    return [jnp.asarray(rng.standard_normal((batch, length, n * width)), dtype) for n in (HEADS, kv_heads, kv_heads)]
 
 
 def value_and_gradients(query, keys, values):
@@ -42,10 +42,11 @@ def test_on_a_cpu_it_is_the_plain_products():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("meshed", [False, True])
-def test_the_tpu_kernel_equals_the_plain_products(monkeypatch, meshed):
-    """130 tokens: the last tile is mostly padding. Interpreted, with its backward pass; alone and on a mesh."""
-    args = inputs()
+@pytest.mark.parametrize("meshed, kv_heads", [(False, HEADS), (True, HEADS), (False, 1)])
+def test_the_tpu_kernel_equals_the_plain_products(monkeypatch, meshed, kv_heads):
+    """130 tokens: the last tile is mostly padding. Interpreted, with its backward pass; alone and on a mesh; with keys
+    and values that two heads share."""
+    args = inputs(kv_heads=kv_heads)
     expected = value_and_gradients(*args)
     stand_on(monkeypatch, "tpu")
     mesh = parallel.make_mesh(dict(data=1, fsdp=2, tensor=2), jax.devices()[:4])
@@ -58,7 +59,8 @@ def test_the_tpu_kernel_equals_the_plain_products(monkeypatch, meshed):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), expected, found)
 
 
-def test_cudnn_is_asked_for_the_same_attention(monkeypatch):
+@pytest.mark.parametrize("kv_heads", [HEADS, 1])
+def test_cudnn_is_asked_for_the_same_attention(monkeypatch, kv_heads):
     """The call that a GPU would get, answered here by XLA: layout, mask and scale are those of the plain products."""
     asked = []
     plain = jax.nn.dot_product_attention
@@ -67,7 +69,7 @@ def test_cudnn_is_asked_for_the_same_attention(monkeypatch):
         asked.append(implementation)
         return plain(*args, implementation="xla", **options)
 
-    args = inputs(length=20, dtype=jnp.bfloat16)
+    args = inputs(length=20, dtype=jnp.bfloat16, kv_heads=kv_heads)
     (_, expected), gradients = value_and_gradients(*args)
     monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
     stand_on(monkeypatch, "gpu", device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")

@@ -9,8 +9,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tests import reference as ref
 from vqgan_jax import losses
 from vqgan_jax.convert import names
-from vqgan_jax.models.discriminators import DiscriminatorConfig, PatchGAN
-from vqgan_jax.models.gpt import GPT, GPTConfig
+from vqgan_jax.models.discriminators import PatchGAN, PatchGANConfig
+from vqgan_jax.models.gpt import GPT
 from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.vqgan import VQGAN
 
@@ -80,7 +80,7 @@ def test_discriminator_in_both_modes():
 
 def test_actnorm_discriminator_starts_from_its_first_batch():
     golden = ref.golden("actnorm_discriminator.npz")
-    config = DiscriminatorConfig(16, 2, "actnorm")
+    config = PatchGANConfig(16, 2, "actnorm", False)
     model = PatchGAN(config)
     variables = model.init(jax.random.key(0), golden["first_image"])
     tensors = {name.removeprefix("param/"): value for name, value in golden.items() if name.startswith("param/")}
@@ -119,7 +119,7 @@ def test_class_transformer_logits_and_loss():
 def test_bidirectional_prefix():
     golden = ref.golden("gpt_unmasked_prefix.npz")
     tensors = {name.removeprefix("param/"): value for name, value in golden.items() if name.startswith("param/")}
-    config = GPTConfig(40, 40, 24, 2, 2, 16, 8, 0.0, 0.0, 0.0)
+    config = ref.gpt_config(40, 40, 24, 2, 2, 16, 8, 0.0, 0.0, 0.0)
     params, tokens = ref.gpt_params(config, tensors), golden["tokens"]
     positions = jnp.arange(24)[None]
     logits, _ = GPT(config).apply({"params": params}, tokens, positions_bt=positions, attend="prefix")

@@ -1,5 +1,8 @@
 """A narrow ResNet against NumPy in float64 on the published names and layouts, and its loader."""
 
+import functools
+
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,3 +115,19 @@ def test_another_networks_weights_are_refused(monkeypatch, tmp_path):
         networks.load_resnet("resnet50", tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="resnet51.*did you mean"):
         networks.load_resnet("resnet51", tmp_path / "a.safetensors")
+
+
+def test_distance_of_logits(monkeypatch, tmp_path):
+    """The mean squared error at 224 x 224, with a gradient for the reconstruction alone."""
+    monkeypatch.setitem(RESNETS, "resnet50", NARROW)
+    tensors = state(NARROW)
+    write_state(tmp_path / "resnet.safetensors", tensors)
+    variables = networks.load_resnet("resnet50", tmp_path / "resnet.safetensors").variables
+    images, fake = np.random.default_rng(1).uniform(-1, 1, (2, 1, 56, 56, 3)).astype(np.float32)
+    distance = jax.jit(jax.value_and_grad(functools.partial(resnet.logits_distance, variables), argnums=(0, 1)))
+    value, (to_fake, to_real) = distance(fake, images)
+    enlarged = [cv2.resize(x[0], (224, 224), interpolation=cv2.INTER_LINEAR)[None] for x in (images, fake)]
+    a, b = (oracle(tensors, NARROW, x) for x in enlarged)
+    np.testing.assert_allclose(value, np.mean((a - b) ** 2), rtol=1e-3)
+    assert np.abs(to_fake).max() > 0 and not np.any(to_real)
+    assert distance(images, images)[0] == 0

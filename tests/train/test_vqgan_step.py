@@ -10,6 +10,7 @@ import pytest
 
 from tests import reference as ref
 from vqgan_jax.models.lpips import LPIPS
+from vqgan_jax.models.perturbation import Perturbation
 from vqgan_jax.models.vqgan import VQGAN
 from vqgan_jax.train.optimizers import OptimizerConfig, make_optimizer
 from vqgan_jax.train.state import TrainState
@@ -19,16 +20,22 @@ OBJECTIVE = dict(
     reconstruction="l1",
     pixel_weight=1.0,
     perceptual_weight=1.0,
+    logits_weight=0.0,
     quantizer_weight=1.0,
     discriminator_loss="hinge",
     adversarial_weight=0.8,
     adversarial_start=2,
     adversarial_ramp=0,
+    discriminator_start=10**6,
     adaptive=True,
     adaptive_epsilon=1e-4,
     adaptive_maximum=1e4,
     schedule="simultaneous",
     idle_discriminator_updates=True,
+    lecam_weight=0.0,
+    lecam_decay=0.9,
+    augment="",
+    perturbation=Perturbation(0.0, 0.1, 100, 0, 0, 0.5),
 )
 ADAM = OptimizerConfig(1e-4, False, 0.5, 0.9, 1e-8, 0.0, 0.0, "constant", 0, 0, 1.0)
 NAMES = {  # the reference's name of each logged scalar -> ours

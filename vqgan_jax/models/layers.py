@@ -44,17 +44,22 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         default = torch_uniform(self.size**2 * x.shape[-1])
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init or default, shape)
+        kernel = self.weight(self.param("kernel", self.kernel_init or default, shape))
         y = conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, (self.padding, self.padding))
         if self.bias:
             y = y + self.param("bias", default, (self.features,)).astype(self.dtype)
         return constrain(y, "batch", None, None, None)  # else sharded kernels would shard the channels
 
+    def weight(self, kernel: jax.Array) -> jax.Array:
+        """What the convolution multiplies with, of its parameter."""
+        return kernel
+
 
 class ConvNorm(nn.Module):
     """Convolution without bias, batch norm by its running statistics, ReLU: [b, h, w, c] -> [b, h', w', features].
 
-    The layer of frozen classifiers, in float32 and full precision on every platform. All its arrays are parameters.
+    The layer of frozen classifiers, in float32, by default in full precision on every platform. All its arrays are
+    parameters.
     """
 
     features: int
@@ -63,6 +68,7 @@ class ConvNorm(nn.Module):
     padded: bool = True
     epsilon: float = 1e-5
     relu: bool = True
+    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -75,7 +81,7 @@ class ConvNorm(nn.Module):
             (self.stride, self.stride),
             [(size // 2 if self.padded else 0,) * 2 for size in self.kernel],
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=jax.lax.Precision.HIGHEST,
+            precision=self.precision,
         )
         y = (y - mean) * (scale * jax.lax.rsqrt(variance + self.epsilon)) + bias
         return nn.relu(y) if self.relu else y

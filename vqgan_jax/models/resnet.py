@@ -1,11 +1,14 @@
 """ResNet-50 and ResNet-101 as torchvision has them (arXiv 1512.03385, with the stride in the 3x3 convolution): the
-classifier that rejection sampling asks. Frozen; float32 and full precision on every platform."""
+classifier that rejection sampling asks, and a perceptual distance by its logits. Frozen; float32."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vqgan_jax.models.layers import ConvNorm
@@ -34,14 +37,16 @@ class Bottleneck(nn.Module):
     width: int
     stride: int
     downsample: bool
+    precision: jax.lax.Precision
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = ConvNorm(self.width, name="conv1")(x)
-        y = ConvNorm(self.width, (3, 3), self.stride, name="conv2")(y)
-        y = ConvNorm(self.width * _EXPANSION, relu=False, name="conv3")(y)
+        layer = functools.partial(ConvNorm, precision=self.precision)
+        y = layer(self.width, name="conv1")(x)
+        y = layer(self.width, (3, 3), self.stride, name="conv2")(y)
+        y = layer(self.width * _EXPANSION, relu=False, name="conv3")(y)
         if self.downsample:
-            x = ConvNorm(self.width * _EXPANSION, stride=self.stride, relu=False, name="downsample")(x)
+            x = layer(self.width * _EXPANSION, stride=self.stride, relu=False, name="downsample")(x)
         return nn.relu(x + y)
 
 
@@ -49,17 +54,37 @@ class ResNet(nn.Module):
     """Pictures float32 [b, h, w, 3] in [-1, 1], trained at 224 x 224 -> logits [b, classes], pool [b, 32 width]."""
 
     config: ResNetConfig
+    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST  # the same logits on every platform
 
     @nn.compact
     def __call__(self, x: jax.Array) -> Mapping[str, jax.Array]:
         x = ((x + 1) / 2 - _MEAN) / _DEVIATION
-        x = ConvNorm(self.config.width, (7, 7), 2, name="conv1")(x)
+        x = ConvNorm(self.config.width, (7, 7), 2, precision=self.precision, name="conv1")(x)
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, depth in enumerate(self.config.depths):
             for block in range(depth):
                 stride = 2 if stage and not block else 1
                 name = f"layer{stage + 1}_{block}"
-                x = Bottleneck(self.config.width * 2**stage, stride, downsample=not block, name=name)(x)
+                width = self.config.width * 2**stage
+                x = Bottleneck(width, stride, not block, self.precision, name=name)(x)
         pool = x.mean(axis=(1, 2))
-        logits = nn.Dense(self.config.classes, precision=jax.lax.Precision.HIGHEST, name="fc")(pool)
+        logits = nn.Dense(self.config.classes, precision=self.precision, name="fc")(pool)
         return {"logits": logits, "pool": pool}
+
+
+def logits_distance(variables: Any, reconstruction: jax.Array, images: jax.Array) -> jax.Array:
+    """Mean squared error of ResNet-50's logits, the perceptual loss of VQGAN+ (MaskBit, arXiv 2409.16211): a scalar.
+
+    Both are brought to 224 x 224 first, bilinear and antialiased, whatever their size, as there.
+
+    Args:
+      variables: of the classifier.
+      reconstruction, images: float32 [b, h, w, 3] in [-1, 1]; the gradient goes to the first alone.
+    """
+    net = ResNet(RESNETS["resnet50"], jax.lax.Precision.DEFAULT)
+
+    def logits(x: jax.Array) -> jax.Array:
+        x = jax.image.resize(x, (x.shape[0], SIZE, SIZE, x.shape[-1]), "bilinear")
+        return net.apply(variables, x)["logits"]
+
+    return jnp.mean((logits(reconstruction) - jax.lax.stop_gradient(logits(images))) ** 2)

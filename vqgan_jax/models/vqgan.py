@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import struct
 from flax.typing import Dtype
 
-from vqgan_jax.config import choose, to_dataclass
-from vqgan_jax.models import quantizers
+from vqgan_jax.config import UserError, choose, to_dataclass
+from vqgan_jax.models import discriminators, quantizers
 from vqgan_jax.models.autoencoder import AutoencoderConfig, Decoder, Encoder
-from vqgan_jax.models.discriminators import DiscriminatorConfig
 from vqgan_jax.models.layers import Conv
+from vqgan_jax.models.perturbation import Perturbation, perturbed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class VQGANConfig:
 
     autoencoder: AutoencoderConfig
     quantizer: quantizers.QuantizerConfig
-    discriminator: DiscriminatorConfig | None
+    discriminator: discriminators.DiscriminatorConfig | None
     input_key: str  # the batch key it reconstructs; "segmentation" goes in as one-hot labels
 
     @classmethod
@@ -31,14 +31,17 @@ class VQGANConfig:
         """Builds it from `config.model`. Raises UserError that names the key."""
         quantizer = dict(model["quantizer"])
         kind = choose(f"{key}.quantizer.name", quantizer.pop("name"), quantizers.CONFIGS)
-        discriminator = dict(model["discriminator"])
-        enabled = discriminator.pop("enabled")
+        discriminator = None
+        if model["discriminator"]["enabled"]:
+            fields = {name: value for name, value in model["discriminator"].items() if name != "enabled"}
+            judge = choose(f"{key}.discriminator.name", fields.pop("name"), discriminators.CONFIGS)
+            discriminator = to_dataclass(judge, fields, key=f"{key}.discriminator")
+            if judge is discriminators.FeatureHeadsConfig and model["autoencoder"]["out_channels"] != 3:
+                raise UserError(f"{key}.discriminator.name: 'dino' sees pictures of 3 channels only; take 'blurpool'")
         return cls(
             autoencoder=to_dataclass(AutoencoderConfig, model["autoencoder"], key=f"{key}.autoencoder"),
             quantizer=to_dataclass(kind, quantizer, key=f"{key}.quantizer"),
-            discriminator=to_dataclass(DiscriminatorConfig, discriminator, key=f"{key}.discriminator")
-            if enabled
-            else None,
+            discriminator=discriminator,
             input_key=model["input_key"],
         )
 
@@ -92,9 +95,23 @@ class VQGAN(nn.Module):
         self.pre_quant = Conv(self.quantizer.input_dim, 1, padding=(0, 0), dtype=self.dtype)
         self.post_quant = Conv(c.autoencoder.z_channels, 1, padding=(0, 0), dtype=self.dtype)
 
-    def __call__(self, images: jax.Array, *, train: bool = False, step: jax.Array | int = 0) -> VQGANOutput:
-        """Encodes, quantizes and decodes."""
-        z_q, ids, aux = self.quantizer(self.pre_quantized(images, train), train=train, step=step)
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        step: jax.Array | int = 0,
+        perturbation: Perturbation | None = None,
+        fixed_codes: bool = False,
+    ) -> VQGANOutput:
+        """Encodes, quantizes and decodes; under a perturbation what is decoded are not quite the codes `ids`.
+        `fixed_codes`: up to the codes as in evaluation, where the decoder alone trains."""
+        encoding = train and not fixed_codes
+        z_q, ids, aux = self.quantizer(self.pre_quantized(images, encoding), train=encoding, step=step)
+        if perturbation and perturbation.share:
+            others = perturbed(self.make_rng("quantizer"), ids, self.codebook(), perturbation, step)
+            moved = jax.lax.stop_gradient(self.quantizer.codes(others) - z_q)
+            z_q = jnp.where((others != ids)[..., None], z_q + moved, z_q)  # the gradient goes straight through
         reconstruction, features = self.decoder(self.post_quant(z_q), train)
         return VQGANOutput(reconstruction, ids, aux, features)
 

@@ -4,9 +4,7 @@ One forward pass of the generator under `jax.vjp`; the cotangents of the reconst
 are taken at the picture, pulled through the last layer alone for the adaptive weight, mixed, and pulled back once.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,36 +12,26 @@ import optax
 
 from vqgan_jax import losses
 from vqgan_jax.models.autoencoder import last_layer
-from vqgan_jax.models.discriminators import PatchGAN
 from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.quantizers import VQConfig, apply_restart, perplexity
+from vqgan_jax.models.resnet import logits_distance
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig, model_input
+from vqgan_jax.train.adversary import Adversary, init_discriminator
+from vqgan_jax.train.objective import VQGANObjective
+from vqgan_jax.train.partial import fixed_codes, keep_frozen, stop_frozen
 from vqgan_jax.train.state import Metrics, TrainState, Tree, accumulate, guard, update_ema
-
-
-@dataclasses.dataclass(frozen=True)
-class VQGANObjective:
-    """What the step minimises. Durations are optimizer steps."""
-
-    reconstruction: Literal["l1", "l2", "bce"]
-    pixel_weight: float
-    perceptual_weight: float  # LPIPS; 0 = no LPIPS network
-    quantizer_weight: float
-    discriminator_loss: Literal["hinge", "vanilla"]
-    adversarial_weight: float  # times the adaptive weight, where that is on
-    adversarial_start: int
-    adversarial_ramp: int  # steps over which the weight grows from 0; 0 = at once
-    adaptive: bool
-    adaptive_epsilon: float
-    adaptive_maximum: float
-    schedule: Literal["simultaneous", "alternating"]  # alternating: the discriminator sees the updated generator
-    idle_discriminator_updates: bool  # before the start the reference feeds its discriminator's Adam zero gradients
 
 
 def make_init(
     model: VQGAN, tx: Mapping[str, optax.GradientTransformation], ema: bool
 ) -> Callable[[jax.Array], TrainState]:
-    """Returns `init(key) -> TrainState`, to be run by `parallel.init_sharded`."""
+    """Returns `init(key) -> TrainState`, to be run by `parallel.init_sharded`.
+
+    Args:
+      model: the generator.
+      tx: the optimizer of each network.
+      ema: whether the state holds averaged parameters.
+    """
     c = model.config
 
     def init(key: jax.Array) -> TrainState:
@@ -54,8 +42,7 @@ def make_init(
         params = {"generator": variables.pop("params")}
         collections = {"generator": variables}
         if c.discriminator:
-            images = jnp.zeros((1, size, size, c.autoencoder.out_channels))
-            variables = PatchGAN(c.discriminator).init(key_d, images)
+            variables = init_discriminator(c.discriminator, key_d, size, c.autoencoder.out_channels)
             params["discriminator"] = variables.pop("params")
             collections["discriminator"] = variables
         opt_state = {name: tx[name].init(params[name]) for name in params}
@@ -74,27 +61,22 @@ def make_step(
     *,
     ema_decay: float,
     accumulation: int = 1,
+    train_only: Sequence[str] = (),
 ) -> Callable[[TrainState, Mapping[str, jax.Array], Tree], tuple[TrainState, Metrics]]:
-    """Returns the train step `(state, batch, frozen) -> (state, metrics)`; `frozen["lpips"]` holds LPIPS's variables.
+    """Returns the train step `(state, batch, frozen) -> (state, metrics)`; `frozen["lpips"]` holds LPIPS's variables,
+    `frozen["resnet50"]` the classifier's; `train_only` is as in train/partial.py.
 
-    Metrics: every loss, `adaptive_weight`, `adversarial_factor`, the discriminator's mean logits, `codebook_usage`
-    (share of the codes that this batch uses), `codebook_perplexity`, gradient norms, `skipped`.
+    Metrics: every loss, `adaptive_weight`, `adversarial_factor`, the discriminator's mean logits and its accuracy (the
+    mean of the shares of real and of fake ones that it tells), `codebook_usage` (share of the codes that this batch
+    uses), `codebook_perplexity`, gradient norms, `skipped`.
     """
     o, c = objective, model.config
-    discriminator = PatchGAN(c.discriminator, model.dtype) if c.discriminator else None
-
-    def adversarial_factor(step: jax.Array) -> jax.Array:
-        ramp = (step - o.adversarial_start + 1) / max(o.adversarial_ramp, 1)
-        return jnp.where(step >= o.adversarial_start, jnp.minimum(ramp, 1.0), 0.0)
+    adversary = Adversary(c.discriminator, o, model.dtype, accumulation) if c.discriminator else None
 
     def generate(params: Tree, collections: Tree, images: jax.Array, step: jax.Array, rngs: dict[str, jax.Array]):
-        variables = {"params": params["generator"], **collections["generator"]}
-        return model.apply(variables, images, train=True, step=step, rngs=rngs, mutable=["codebook"])
-
-    def discriminate(params: Tree, collections: Tree, images: jax.Array) -> tuple[jax.Array, Tree]:
-        variables = {"params": params["discriminator"], **collections["discriminator"]}
-        logits, updated = discriminator.apply(variables, images, train=True, mutable=["batch_stats"])
-        return logits, collections | {"discriminator": updated}
+        variables = {"params": stop_frozen(params, train_only)["generator"], **collections["generator"]}
+        options = dict(train=True, step=step, perturbation=o.perturbation, fixed_codes=fixed_codes(train_only))
+        return model.apply(variables, images, **options, rngs=rngs, mutable=["codebook"])
 
     def reconstruction_loss(reconstruction: jax.Array, images: jax.Array, frozen: Tree) -> tuple[jax.Array, Metrics]:
         if o.reconstruction == "bce":
@@ -108,6 +90,9 @@ def make_step(
         if o.perceptual_weight:
             metrics["lpips"] = lpips.apply(frozen["lpips"], reconstruction, images).mean()
             loss = loss + o.perceptual_weight * metrics["lpips"]
+        if o.logits_weight:
+            metrics["logits_distance"] = logits_distance(frozen["resnet50"], reconstruction, images)
+            loss = loss + o.logits_weight * metrics["logits_distance"]
         return loss, metrics
 
     def generator_pass(params, collections, images, step, rngs, frozen):
@@ -122,14 +107,14 @@ def make_step(
         grad = jax.value_and_grad(reconstruction_loss, has_aux=True)
         (nll, metrics), cotangent = grad(fake, images, frozen)
         loss = nll + o.quantizer_weight * quantizer_loss
-        if discriminator:
+        if adversary:
 
             def adversarial(fake):
-                logits, updated = discriminate(params, collections, fake)
+                logits, updated = adversary.logits(params, collections, fake, frozen, rngs["augment"])
                 return losses.generator_loss(logits), updated
 
             (g_loss, collections), adversarial_cotangent = jax.value_and_grad(adversarial, has_aux=True)(fake)
-            factor, weight = adversarial_factor(step), jnp.ones(())
+            factor, weight = o.adversarial_factor(step), jnp.ones(())
             if o.adaptive:
                 kernel = params["generator"]["decoder"]["conv_out"]["kernel"]
                 _, pull_last = jax.vjp(lambda k: last_layer(c.autoencoder, k, output.features), kernel)
@@ -146,21 +131,17 @@ def make_step(
         metrics |= {"codebook_usage": jnp.mean(counts > 0), "codebook_perplexity": perplexity(counts)}
         return grads, fake, collections, metrics, output.aux.restart
 
-    def discriminator_pass(params, collections, images, fake, step):
+    def discriminator_pass(params, collections, images, fake, step, rngs, frozen):
         def loss_of(weights):
-            new = params | {"discriminator": weights}
-            real_logits, updated = discriminate(new, collections, images)
-            fake_logits, updated = discriminate(new, updated, fake)
-            loss = losses.DISCRIMINATOR_LOSSES[o.discriminator_loss](real_logits, fake_logits)
-            loss = adversarial_factor(step) * loss
-            metrics = {"logits_real": real_logits.mean(), "logits_fake": fake_logits.mean(), "discriminator_loss": loss}
-            return loss, (updated, metrics)
+            new = stop_frozen(params | {"discriminator": weights}, train_only)
+            return adversary.loss(new, collections, images, fake, step, frozen, rngs["augment"])
 
         (_, (collections, metrics)), grads = jax.value_and_grad(loss_of, has_aux=True)(params["discriminator"])
         return grads, collections, metrics
 
     def streams(state: TrainState, prefix: str, index: jax.Array) -> dict[str, jax.Array]:
-        return {name: jax.random.fold_in(state.stream(prefix + name), index) for name in ("quantizer", "dropout")}
+        names = ("quantizer", "dropout", "augment")
+        return {name: jax.random.fold_in(state.stream(prefix + name), index) for name in names}
 
     def update(
         name: str, params: Tree, opt_state: Tree, grads: Tree, step: jax.Array, allowed: jax.Array | bool = True
@@ -174,29 +155,31 @@ def make_step(
 
     def step(state: TrainState, batch: Mapping[str, jax.Array], frozen: Tree) -> tuple[TrainState, Metrics]:
         params, opt_state = state.params, state.opt_state
-        simultaneous = discriminator and o.schedule == "simultaneous"
+        simultaneous = adversary and o.schedule == "simultaneous"
 
         def generator_micro(carry, batch, index):
             collections, restart = carry
-            images = model_input(c, batch)
+            images, rngs = model_input(c, batch), streams(state, "", index)
             grads, fake, collections, metrics, new = generator_pass(
-                params, collections, images, state.step, streams(state, "", index), frozen
+                params, collections, images, state.step, rngs, frozen
             )
             restart = _merge_restarts(restart, new)
             all_grads = {"generator": grads}
             if simultaneous:
                 fake = jax.lax.stop_gradient(fake)
                 all_grads["discriminator"], collections, more = discriminator_pass(
-                    params, collections, images, fake, state.step
+                    params, collections, images, fake, state.step, rngs, frozen
                 )
                 metrics |= more
             return (collections, restart), (all_grads, metrics)
 
         def discriminator_micro(collections, batch, index):
-            images = model_input(c, batch)
-            output, _ = generate(params, collections, images, state.step, streams(state, "second_", index))
+            images, rngs = model_input(c, batch), streams(state, "second_", index)
+            output, _ = generate(params, collections, images, state.step, rngs)
             fake = jax.lax.stop_gradient(output.reconstruction)
-            grads, collections, metrics = discriminator_pass(params, collections, images, fake, state.step)
+            grads, collections, metrics = discriminator_pass(
+                params, collections, images, fake, state.step, rngs, frozen
+            )
             return collections, (grads, metrics)
 
         carry = (state.collections, _no_restart(c))
@@ -205,13 +188,13 @@ def make_step(
         metrics |= norms
         if restart is not None:
             params = params | {"generator": _restarted(params["generator"], restart)}
-        if discriminator:
+        if adversary:
             if not simultaneous:
                 collections, (grads["discriminator"], more) = accumulate(
                     discriminator_micro, collections, batch, accumulation
                 )
                 metrics |= more
-            allowed = True if o.idle_discriminator_updates else adversarial_factor(state.step) > 0
+            allowed = True if o.idle_discriminator_updates else o.discriminator_factor(state.step) > 0
             params, opt_state, norms = update(
                 "discriminator", params, opt_state, grads["discriminator"], state.step, allowed
             )
@@ -222,7 +205,7 @@ def make_step(
             if restart is not None:
                 ema = {"generator": _restarted(ema["generator"], restart)}
         new = state.replace(params=params, collections=collections, opt_state=opt_state, ema=ema)
-        return guard(state, new, metrics)
+        return guard(state, keep_frozen(state, new, train_only), metrics)
 
     return step
 

@@ -11,16 +11,18 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
+from vqgan_jax.models.discriminators.spectral import make_conv
 from vqgan_jax.models.layers import Conv
 
 
 @dataclasses.dataclass(frozen=True)
-class DiscriminatorConfig:
+class PatchGANConfig:
     """Hyper-parameters of the PatchGAN."""
 
     channels: int
     layers: int  # strided layers: 3 gives a receptive field of 70 pixels, 2 one of 34
     norm: Literal["batch", "actnorm"]
+    spectral_norm: bool
 
 
 class BatchNorm(nn.Module):
@@ -71,7 +73,7 @@ class ActNorm(nn.Module):
 class PatchGAN(nn.Module):
     """Images [b, h, w, c] -> realness logits of overlapping patches, float32 [b, h', w', 1]."""
 
-    config: DiscriminatorConfig
+    config: PatchGANConfig
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -82,7 +84,8 @@ class PatchGAN(nn.Module):
         bias = c.norm != "batch"  # BatchNorm would take a bias away again
 
         def conv(features: int, stride: int, bias: bool, name: str) -> Conv:
-            return Conv(features, 4, stride, (1, 1), bias=bias, kernel_init=init, dtype=self.dtype, name=name)
+            fields = dict(bias=bias, kernel_init=init, dtype=self.dtype, name=name)
+            return make_conv(c.spectral_norm, train, features, 4, stride, (1, 1), **fields)
 
         x = nn.leaky_relu(conv(c.channels, 2, True, "conv_in")(x), 0.2)
         for k in range(1, c.layers + 1):
