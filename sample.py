@@ -11,6 +11,7 @@
     python sample.py --workdir=runs/gpt --out=mended --given=photo.jpg --mask=hole.png --each=8 --paste
     python sample.py --workdir=runs/gpt --out=panorama --number=4 --size=64x512
     python sample.py --workdir=runs/gpt --out=big --number=50000 --batch=64 --dtype=bfloat16 --guidance=2
+    python sample.py --pretrained=llamagen-L --out=llama --number=8 --guidance=4 --top_k=2000
 
 Writes one PNG an image, and at the end samples.npz (arr_0: uint8 [n, h, w, 3], and what each was asked for: label,
 segmentation, boxes, ...; no masks and pictures of more than 4096 conditions) and grid.png: conditions, what their
@@ -29,7 +30,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from vqgan_jax import cli, images, parallel, pretrained, storage
+from vqgan_jax import cli, images, parallel, pretrained, published, storage
 from vqgan_jax.config import UserError
 from vqgan_jax.request.flags import Asked, asked_of, define_request_flags
 from vqgan_jax.request.request import Request
@@ -148,6 +149,9 @@ def parse_size(text: str) -> tuple[int, int]:
 def define_flags() -> None:
     """The flags of this script."""
     flags.DEFINE_string("workdir", None, "Workdir of train_transformer.py, or an imported transformer.")
+    flags.DEFINE_enum(
+        "pretrained", None, sorted(published.MODELS), "In its place a published model, fetched into the cache folder."
+    )
     flags.DEFINE_string("out", None, "Folder to write to.")
     define_request_flags()
     flags.DEFINE_integer("batch", 16, "Images sampled at once.", lower_bound=1)
@@ -177,9 +181,12 @@ def define_flags() -> None:
 
 def main() -> None:
     """Calls `sample` with the flags."""
+    if bool(FLAGS.workdir) == bool(FLAGS.pretrained):
+        raise UserError("--workdir: name a trained transformer, or with --pretrained a published one, and not both")
+    workdir = FLAGS.workdir or str(published.published(FLAGS.pretrained, flag="--pretrained"))
     same = ("batch", "seed", "size", "stride", "decode", "memory", "every", "best", "dtype")
     sample(
-        FLAGS.workdir,
+        workdir,
         FLAGS.out,
         asked_of(FLAGS),
         strategy=strategy_of(FLAGS),
@@ -190,4 +197,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    cli.run(main, required=("workdir", "out"))
+    cli.run(main, required=("out",))

@@ -30,6 +30,7 @@ from vqgan_jax.train.replay import replay
 from vqgan_jax.train.run_record import write_run_record
 from vqgan_jax.train.speed import flops_counter
 from vqgan_jax.train.state import TrainState
+from vqgan_jax.train.transformer_step import REFERENCE
 from vqgan_jax.transformer import ImageTransformer, TransformerConfig
 
 FLAGS = flags.FLAGS
@@ -67,7 +68,10 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     # State: restored, or born sharded
     with setup.open_checkpoints(config, path) as checkpoints, jax.set_mesh(mesh):
         state, start = setup.restore_or_init(checkpoints, recipe.init, mesh, config, load_initial)
-        write_run_record(path, config)
+        if not config.replay:
+            write_run_record(path, config)
+        if config.loss.cca.weight:
+            frozen[REFERENCE] = model.place(pretrained.adopt_reference(config, path), mesh)
         if not start.step:
             parallel.say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import quantizers
+from vqgan_jax.config import GPT2
 from vqgan_jax.data.tables import IMAGENET_GROUPS
 
 
@@ -27,6 +29,7 @@ def run() -> ConfigDict:
             nonfinite_budget=0,  # steps that may be skipped because they were not finite; their batches are kept
             replay="",  # WORKDIR/nonfinite/step_*.npz: run this batch again, and say which operation was not finite
             init_from="",  # a workdir or an imported model whose parameters to start from; the optimizer starts fresh
+            train_only=(),  # nothing else changes: ("generator/decoder", "generator/post_quant", "discriminator")
             init_exclude=(),  # of these, what starts fresh too: ("discriminator", "generator/decoder/conv_out")
             log_every="50",
             eval_every="5%",
@@ -129,47 +132,36 @@ def vqgan_model(resolution: int = 256) -> ConfigDict:
                 dropout=0.0,
                 stem=1,
             ),
-            quantizer=vq(1024, 256),
-            discriminator=dict(enabled=True, channels=64, layers=3, norm="batch"),
+            quantizer=quantizers.vq(1024, 256),
+            discriminator=patchgan(),
         )
     )
 
 
-def vq(codebook_size: int, dim: int) -> ConfigDict:
-    """Nearest code by gradient, as published."""
+def patchgan() -> ConfigDict:
+    """The reference's discriminator."""
+    return ConfigDict(dict(enabled=True, name="patchgan", channels=64, layers=3, norm="batch", spectral_norm=False))
+
+
+def blurpool() -> ConfigDict:
+    """VQGAN+'s discriminator, with 16x16 logits of 256 pixels; pictures of 64 take 2 stages."""
     return ConfigDict(
-        dict(
-            name="vq",
-            codebook_size=codebook_size,
-            dim=dim,
-            commitment_weight=0.25,
-            codebook_weight=1.0,
-            restart_below=0.0,
-            usage_decay=0.99,
-        )
+        dict(enabled=True, name="blurpool", channels=128, max_channels=512, stages=3, spectral_norm=False)
     )
 
 
-def ema(codebook_size: int, dim: int) -> ConfigDict:
-    """Nearest code by running means, dead codes restarted."""
-    return ConfigDict(
-        dict(name="ema", codebook_size=codebook_size, dim=dim, commitment_weight=0.25, decay=0.97, restart_below=0.1)
-    )
-
-
-def gumbel(codebook_size: int, dim: int) -> ConfigDict:
-    """Gumbel-softmax codes, with the weight and temperatures of the released f8 model."""
+def dino_heads() -> ConfigDict:
+    """Heads on the frozen features of DINO, as many and where StyleGAN-T and VAR have them."""
     return ConfigDict(
         dict(
-            name="gumbel",
-            codebook_size=codebook_size,
-            dim=dim,
-            input_dim=dim,
-            kl_weight=1e-8,
-            straight_through=True,
-            temperature_start=0.9,
-            temperature_end=1e-6,
-            temperature_steps=1_000_001,
+            enabled=True,
+            name="dino",
+            network="dino_vits16",
+            layers=(0, 3, 6, 9, 12),
+            size=224,
+            kernel=3,
+            norm="group",
+            spectral_norm=True,
         )
     )
 
@@ -181,16 +173,29 @@ def vqgan_loss() -> ConfigDict:
             reconstruction="l1",
             pixel_weight=1.0,
             perceptual_weight=1.0,
+            logits_weight=0.0,  # of ResNet-50's logits, beside LPIPS or in its place
             quantizer_weight=1.0,
             discriminator_loss="hinge",
             adversarial_weight=0.8,
             adversarial_start="25%",
             adversarial_ramp="5%",
+            discriminator_start="100%",  # before adversarial_start: the discriminator trains before its loss counts
             adaptive=True,
             adaptive_epsilon=1e-6,  # the paper's delta
             adaptive_maximum=1e4,
             schedule="simultaneous",
             idle_discriminator_updates=False,
+            lecam_weight=0.0,
+            lecam_decay=0.999,
+            perturbation=dict(  # codes replaced by near ones before they are decoded, while training
+                share=0.0,  # of a picture's codes; 1.0 as published (alpha); 0: none
+                pictures=0.1,  # share of the pictures (beta)
+                nearest=100,  # among so many nearest codes (delta)
+                anneal_start="20%",  # from here share and nearest fall,
+                anneal_end="60%",  # to here,
+                final_share=0.5,  # to this much of themselves
+            ),
+            augment="",  # what the discriminator sees: "color,translation,cutout", or some of them
         )
     )
 
@@ -202,7 +207,10 @@ def vqgan() -> ConfigDict:
     config.data = data("folder")
     config.loss = vqgan_loss()
     config.optimizer = adam(4.5e-6, scale_by_batch=True)
+    config.discriminator_optimizer = ""  # what it changes of `optimizer`: "learning_rate=1e-4,b1=0.0,b2=0.99"
     config.lpips = dict(vgg="", heads="")  # local files; "" downloads them to the cache folder
+    config.resnet50 = ""  # likewise, of loss.logits_weight
+    config.dino = ""  # likewise, of the "dino" discriminator
     config.checkpoint.best_metric, config.checkpoint.best_mode = "val/psnr", "max"
     return config
 
@@ -213,6 +221,7 @@ def transformer() -> ConfigDict:
     config.vqgan = ""  # workdir of the first stage
     config.cond_vqgan = ""  # workdir of the VQGAN of an encoded condition; of several, with commas between
     config.cache_codes = False  # encode the data once (centre crops, mirrored too with data.flip), not at every step
+    config.remap = False  # of the first stage's codes only those that the training pictures use; the others are removed
     config.codes = ""  # a folder that vqgan_jax.tools.encode wrote: read its codes in place of pictures
     config.model = ConfigDict(
         dict(
@@ -225,6 +234,7 @@ def transformer() -> ConfigDict:
                 embed_dropout=0.0,
                 residual_dropout=0.0,
                 attention_dropout=0.0,
+                **GPT2,
             ),
             condition=dict(name="none"),
             grid=(16, 16),
@@ -234,7 +244,14 @@ def transformer() -> ConfigDict:
         )
     )
     config.data = data("folder")
-    config.loss = dict(keep=1.0, label_smoothing=0.0)
+    config.loss = dict(
+        keep=1.0,
+        label_smoothing=0.0,
+        z_weight=0.0,  # of log(Z)^2: 1e-4 keeps logits from drifting
+        permute_from="0",  # RAR: rows in random orders, all of them before this,
+        permute_until="0",  # and none after this; "0" = never
+        cca=dict(weight=0.0, beta=0.02),  # CCA: 300 to 1000 tunes `init_from` to be sampled without guidance
+    )
     config.optimizer = adamw(4.5e-6, scale_by_batch=True)
     config.sampling = dict(temperature=1.0, top_k=100, top_p=1.0)  # of the pictures drawn during training
     config.checkpoint.best_metric, config.checkpoint.best_mode = "val/nll", "min"
@@ -275,8 +292,16 @@ def reference(config: ConfigDict) -> ConfigDict:
     loss, quantizer = config.loss, config.model.quantizer
     loss.adaptive_epsilon, loss.adaptive_maximum = 1e-4, 1e4
     loss.schedule, loss.adversarial_ramp, loss.idle_discriminator_updates = "alternating", "0", True
+    loss.discriminator_start, loss.lecam_weight, loss.augment = "100%", 0.0, ""
+    loss.adaptive, loss.logits_weight, loss.perturbation.share = True, 0.0, 0.0
+    config.discriminator_optimizer = ""
+    judge = config.model.discriminator
+    if judge.name != "patchgan":
+        config.model.discriminator = patchgan()
+        config.model.discriminator.enabled = judge.enabled
+    config.model.discriminator.spectral_norm = False
     if quantizer.name in ("vq", "ema"):
-        quantizer = config.model.quantizer = vq(quantizer.codebook_size, quantizer.dim)
+        quantizer = config.model.quantizer = quantizers.vq(quantizer.codebook_size, quantizer.dim)
         quantizer.commitment_weight, quantizer.codebook_weight = 1.0, 0.25
     return config
 
@@ -291,12 +316,20 @@ def shrink_vqgan(config: ConfigDict) -> ConfigDict:
     attends = bool(ae.attention_resolutions)
     ae.resolution, ae.channels, ae.multipliers, ae.blocks = size, 32, (1,) * levels, 1
     ae.attention_resolutions = (size >> levels - 1,) if attends else ()
-    quantizer.codebook_size, quantizer.dim = min(quantizer.codebook_size, 64), min(quantizer.dim, 16)
-    ae.z_channels = quantizer.dim
+    if "levels" in quantizer:
+        quantizer.levels = (3,) * min(len(quantizer.levels), 4)
+    elif "bits" in quantizer:
+        quantizer.bits = min(quantizer.bits, 6)
+        quantizer.group_bits = min(quantizer.group_bits, quantizer.bits)
+    else:
+        quantizer.codebook_size, quantizer.dim = min(quantizer.codebook_size, 64), min(quantizer.dim, 16)
+    ae.z_channels = quantizer.get("dim", 16)
     if "input_dim" in quantizer:
         quantizer.input_dim = quantizer.dim
-    model.discriminator.channels = 16
-    config.loss.perceptual_weight, config.loss.adversarial_start = 0.0, "0"
+    if model.discriminator.name == "dino":  # which looks through weights
+        model.discriminator = patchgan()
+    model.discriminator.channels = 32 if model.discriminator.name == "blurpool" else 16
+    config.loss.perceptual_weight, config.loss.logits_weight, config.loss.adversarial_start = 0.0, 0.0, "0"
     return _small_data(config, size)
 
 
@@ -325,6 +358,7 @@ def run_local(config: ConfigDict) -> ConfigDict:
     """Two steps on a laptop, to see that a config runs: the `runlocal` argument of every config."""
     config.steps, config.batch_size, config.accumulation, config.eval_examples = "2", 8, 1, 16
     config.log_every, config.eval_every, config.save_every, config.images_every = "1", "2", "2", "2"
+    config.fid_every = "0"  # needs weights
     config.data.source, config.data.train_examples, config.data.val_examples = "scenes", 32, 16
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
     return config

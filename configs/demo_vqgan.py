@@ -3,13 +3,14 @@
     python train_vqgan.py --config=configs/demo_vqgan.py --workdir=runs/x
     python train_vqgan.py --config=configs/demo_vqgan.py:input=segmentation --workdir=runs/segmentation
 
-Arguments: `runlocal` two steps; `reference` the original's oddities; `quantizer=vq` the codebook by gradient;
+Arguments: `runlocal` two steps; `reference` the original's oddities; `quantizer=vq` the codebook by gradient, or
+`low_dim`, `fsq`, `lfq`, `bsq`, `simvq`, `ibq`, `gumbel`;
 `input=segmentation`, `depth`, `edges`, `low_res` or `keypoints` the VQGAN of a condition, in about a minute.
 """
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, quantizers
 from vqgan_jax.config import choose, parse_arg
 
 CHANNELS = {"image": 3, "segmentation": 10, "depth": 1, "edges": 1, "low_res": 3, "keypoints": 3}  # by input
@@ -32,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # A stem of stride 4 and a pixel-shuffle tail: nothing runs above 16x16, which is where a CPU's time would go.
     ae.resolution, ae.stem, ae.channels, ae.multipliers, ae.blocks = 64, 4, 64, (1, 1), 1
     ae.decoder_extra_blocks, ae.attention_resolutions, ae.z_channels = 0, (), 64
-    config.model.quantizer = choose("quantizer", arg.quantizer, {"ema": common.ema, "vq": common.vq})(256, 16)
+    config.model.quantizer = choose("quantizer", arg.quantizer, codebooks())
     config.model.discriminator.enabled = False
     config.loss.reconstruction, config.loss.perceptual_weight = "l2", 0.0
     config.optimizer = common.adam(2e-3, b1=0.9, b2=0.99, clip_norm=1.0, schedule="cosine", warmup="50", hold="50%")
@@ -41,6 +42,21 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg.reference:
         common.reference(config)
     return common.run_local(config) if arg.runlocal else config
+
+
+def codebooks() -> dict[str, ConfigDict]:
+    """Each kind with 256 codes, or about so many."""
+    return {
+        "ema": quantizers.ema(256, 16),
+        "vq": quantizers.vq(256, 16),
+        "low_dim": quantizers.low_dim_vq(256, 8),
+        "gumbel": quantizers.gumbel(256, 16),
+        "fsq": quantizers.fsq((8, 6, 5)),
+        "lfq": quantizers.lfq(8),
+        "bsq": quantizers.bsq(8),
+        "simvq": quantizers.simvq(256, 16),
+        "ibq": quantizers.ibq(256, 16),
+    }
 
 
 def condition(config: ConfigDict) -> None:

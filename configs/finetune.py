@@ -3,7 +3,9 @@
     python train_vqgan.py --config=configs/finetune.py:DIR --workdir=runs/tuned --config.data.path=/photos
     python train_transformer.py --config=configs/finetune.py:DIR --workdir=runs/tuned --config.data.path=/photos
 
-The model is DIR's own, so the trainer is that of its kind. `DIR,runlocal` runs two steps.
+The model is DIR's own, so the trainer is that of its kind. `DIR,cca` tunes a conditional transformer, on the data that
+it was trained on, to be sampled without guidance at half the cost (CCA, arXiv 2410.09347). `DIR,runlocal` and
+`DIR,cca,runlocal` run two steps.
 """
 
 import json
@@ -16,7 +18,7 @@ from ml_collections import ConfigDict
 from configs import common
 from vqgan_jax import storage
 from vqgan_jax.conditioning import condition_config, encoded_keys
-from vqgan_jax.config import UserError
+from vqgan_jax.config import UserError, upgrade_model
 from vqgan_jax.models.vqgan import VQGANConfig
 from vqgan_jax.train.setup import cond_folders
 
@@ -25,7 +27,7 @@ RECORDS = ("stage.json", "config.json")  # of an imported model or a portable st
 
 def get_config(arg: str | None = None) -> ConfigDict:
     text = arg or ""
-    folder = text.removesuffix(",runlocal")
+    folder = text.removesuffix(",runlocal").removesuffix(",cca")
     if not folder or text == "runlocal":
         raise UserError("--config=configs/finetune.py: name the model's folder after a colon, as in finetune.py:DIR")
     directory = storage.path(folder)
@@ -33,7 +35,25 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = fine_transformer(directory, model) if "transformer" in model else fine_vqgan(model)
     config.init_from = str(directory)
     config.steps = "10 epochs"
+    if text.removesuffix(",runlocal").endswith(",cca"):
+        contrast(config)
     return common.run_local(config) if text.endswith(",runlocal") else config
+
+
+def contrast(config: ConfigDict) -> None:
+    """CCA as published: an epoch of batch 256, without dropout. The end of the run counts: likelihood, which is at its
+    best where the run begins, says nothing of it.
+
+    Raises:
+      UserError: a model that is no transformer.
+    """
+    if "transformer" not in config.model:
+        raise UserError("--config=configs/finetune.py:DIR,cca: holds a VQGAN; CCA is for transformers")
+    config.steps, config.batch_size = "1 epoch", 256
+    config.loss.cca.weight = 300.0
+    config.checkpoint.keep_best, config.checkpoint.best_metric = 0, ""
+    gpt = config.model.transformer
+    gpt.embed_dropout = gpt.residual_dropout = gpt.attention_dropout = gpt.drop_path = 0.0
 
 
 def fine_vqgan(model: dict[str, Any]) -> ConfigDict:
@@ -88,7 +108,8 @@ def read_model(directory: epath.Path) -> dict[str, Any]:
         )
     try:
         record = json.loads(path.read_text())
-        return _tuples(record["record"]["config"]["model"] if path.name == RECORDS[0] else record["model"])
+        model = record["record"]["config"]["model"] if path.name == RECORDS[0] else record["model"]
+        return _tuples(upgrade_model(model))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is no record of a model ({type(error).__name__}: {error})") from None
 

@@ -13,7 +13,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, quantizers
 from vqgan_jax.config import choose, parse_arg
 
 
@@ -154,7 +154,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     ae.in_channels = ae.out_channels = row.channels
     ae.resolution, ae.multipliers, ae.attention_resolutions = row.size, row.multipliers, row.attention
     ae.z_channels = row.dim
-    model.quantizer = common.gumbel(row.codes, row.dim) if row.quantizer == "gumbel" else common.vq(row.codes, row.dim)
+    make = quantizers.gumbel if row.quantizer == "gumbel" else quantizers.vq
+    model.quantizer = make(row.codes, row.dim)
     model.discriminator.layers = row.discriminator_layers
 
     loss = config.loss

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vqgan_jax.config import GPT2
 from vqgan_jax.convert import names
 from vqgan_jax.convert.stream import Entry, write_safetensors
 from vqgan_jax.models.autoencoder import AutoencoderConfig
-from vqgan_jax.models.discriminators import DiscriminatorConfig, PatchGAN
+from vqgan_jax.models.discriminators import PatchGAN, PatchGANConfig
 from vqgan_jax.models.gpt import GPT, GPTConfig
 from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.quantizers import GumbelConfig, VQConfig
@@ -35,17 +36,23 @@ def autoencoder(multipliers=(1, 2), attention=(16,), channels=3) -> AutoencoderC
     return AutoencoderConfig(channels, channels, 32, 32, multipliers, 1, 1, attention, True, 32, 0.0, 1)
 
 
+def gpt_config(*sizes, coordinates=(), condition=1, **changes) -> GPTConfig:
+    """GPT-2 of these sizes, the first fields of its config in their order, where `changes` say nothing else."""
+    fields = {name: value for name, value in GPT2.items() if name != "positions"}
+    return GPTConfig(*sizes, coordinates=coordinates, condition=condition, **fields | changes)
+
+
 def vq(codes: int = 64, restart_below: float = 0.0) -> VQConfig:
     """The reference's quantizer: its beta stands on the codebook's side."""
-    return VQConfig(codes, 16, 1.0, 0.25, restart_below, 0.9)
+    return VQConfig(codes, 16, 1.0, 0.25, restart_below, 0.9, False, "uniform")
 
 
-VQGAN_TINY = VQGANConfig(autoencoder(), vq(), DiscriminatorConfig(16, 2, "batch"), "image")
+VQGAN_TINY = VQGANConfig(autoencoder(), vq(), PatchGANConfig(16, 2, "batch", False), "image")
 VQSEG_TINY = VQGANConfig(autoencoder((1, 1), channels=7), vq(32), None, "segmentation")
 GUMBEL_TINY = VQGANConfig(autoencoder((1, 1)), GumbelConfig(48, 16, 32, 1e-2, False, 0.7, 0.7, 1), None, "image")
 FIRST_STAGE_TINY = VQGANConfig(autoencoder((1, 1, 1), (8,)), vq(), None, "image")
 DEPTH_STAGE_TINY = VQGANConfig(autoencoder((1, 1, 1), (8,), 1), vq(), None, "depth")
-CLASS_GPT_TINY = GPTConfig(64, 64, 64, 2, 4, 32, 0, 0.0, 0.0, 0.0)
+CLASS_GPT_TINY = gpt_config(64, 64, 64, 2, 4, 32, 0, 0.0, 0.0, 0.0)
 
 
 def shapes(init, *args, collection="params", **kwargs) -> dict[str, tuple[int, ...]]:
@@ -67,7 +74,7 @@ def vqgan_variables(config: VQGANConfig, tensors, prefix: str = "", quantizer: s
     return {"params": names.read_tree(tensors, sizes, key, "test")}
 
 
-def discriminator_variables(config: DiscriminatorConfig, tensors) -> dict:
+def discriminator_variables(config: PatchGANConfig, tensors) -> dict:
     """Parameters and running statistics of the PatchGAN out of a checkpoint."""
     init, images = PatchGAN(config).init, jnp.zeros((1, 32, 32, 3))
     return {

@@ -15,7 +15,7 @@ import pytest
 
 import train_transformer
 import train_vqgan
-from configs import common, finetune
+from configs import finetune, quantizers
 from tests.reference import GOLDEN
 from tests.test_scripts import transformer_config, vqgan_config
 from vqgan_jax import pretrained, storage, weights
@@ -92,7 +92,7 @@ def test_a_workdir_in_a_bucket_is_read_as_one_on_a_disk(remote, local):
     with pytest.raises(UserError, match="x=gs://bucket/none: no workdir there"):
         pretrained.load_trained("gs://bucket/none", key="x", kind="vqgan")
     other = vqgan_config()
-    other.model.quantizer = common.ema(32, 8)
+    other.model.quantizer = quantizers.ema(32, 8)
     with pytest.raises(UserError, match="--workdir=gs://bucket/runs/vqgan: holds another model"):
         train_vqgan.train(other, str(remote / "vqgan"))
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_flags
 from configs import common
 from vqgan_jax.config import (
     FORMAT_VERSION,
+    GPT2,
     UserError,
     differences,
     parse_arg,
@@ -22,7 +23,8 @@ from vqgan_jax.config import (
 )
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "common")
+SHARED = ("common", "quantizers")  # no configs, but what they are made of
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem not in SHARED)
 # Not finetune, which needs a model (test_finetune.py), nor demo_sweep, which has a chain of others' (test_trials.py).
 WALKED = [path for path in CONFIGS if path.stem not in ("finetune", "demo_sweep")]
 
@@ -127,6 +129,17 @@ def test_reference_sets_every_oddity(name, arg, expected):
     assert "model.quantizer.decay" not in found
 
 
+def test_reference_takes_the_gan_back_to_the_published_one():
+    config = common.vqgan()
+    plain = common.reference(common.vqgan()).to_dict()
+    config.model.discriminator, config.discriminator_optimizer = common.blurpool(), "b1=0.0"
+    config.loss.discriminator_start, config.loss.lecam_weight, config.loss.augment = "10%", 1e-3, "cutout"
+    assert common.reference(config).to_dict() == plain
+    config.model.discriminator = common.dino_heads()
+    config.model.discriminator.enabled = False
+    assert common.reference(config).model.discriminator.to_dict() == common.patchgan().to_dict() | {"enabled": False}
+
+
 def test_reference_reaches_conditions_and_leaves_a_gumbel_quantizer():
     config = common.transformer()
     config.model.condition = ConfigDict(dict(name="coordinates", codes=64, factor=16, scheme="joint"))
@@ -204,12 +217,16 @@ def test_plain_and_upgrade():
     assert upgrade({"format_version": FORMAT_VERSION}) == {"format_version": FORMAT_VERSION}
     old = {"format_version": 1, "config": {"model": {"transformer": {"layers": 2}, "grid": [4, 4]}, "batch_size": 3}}
     new = upgrade(old)
-    assert new["config"]["model"] == {**old["config"]["model"], "condition_dropout": 0.0}
+    added = {"condition_dropout": 0.0, "transformer": {**GPT2, "layers": 2}}
+    assert new["config"]["model"] == {**old["config"]["model"], **added}
     assert new["format_version"] == FORMAT_VERSION and old["format_version"] == 1 and upgrade(new) == new
     assert (
         "condition_dropout"
         not in upgrade({"format_version": 1, "config": {"model": {"quantizer": {}}}})["config"]["model"]
     )
+    quantizer = {"name": "vq", "codebook_size": 8}
+    newer = upgrade({"format_version": 2, "config": {"model": {"quantizer": quantizer}}})["config"]["model"]
+    assert newer["quantizer"] == quantizer | {"normalize": False, "start": "uniform"}
     old = {"format_version": FORMAT_VERSION, "step": 6, "config": {"batch_size": 4, "model": {}}}
     assert upgrade(old) == old | {"examples": 24}
     assert upgrade(old | {"examples": 20})["examples"] == 20

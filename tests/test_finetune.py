@@ -87,6 +87,19 @@ def test_the_config_of_an_imported_transformer(imported, name):
     assert "input_key" not in config.model and "label_smoothing" in config.loss
 
 
+def test_contrasting_leaves_out_dropout_and_the_best_likelihood(imported, tmp_path):
+    model = recorded_model(imported / "class")
+    model["transformer"]["residual_dropout"] = 0.1
+    (tmp_path / "config.json").write_text(json.dumps({"model": model}))
+    (tmp_path / "first_stage").symlink_to(imported / "class" / "first_stage")
+    config = finetune.get_config(f"{tmp_path},cca,runlocal")
+    assert config.init_from == str(tmp_path) and config.loss.cca.weight == 300 and config.steps == "2"
+    assert config.checkpoint.keep_best == 0 and config.model.transformer.residual_dropout == 0
+    assert finetune.get_config(str(imported / "class")).loss.cca.weight == 0
+    with pytest.raises(UserError, match="holds a VQGAN"):
+        finetune.get_config(f"{imported / 'vqgan'},cca")
+
+
 def test_pictures_have_the_form_of_the_grid_and_boxes_for_every_object(imported, tmp_path):
     model = recorded_model(imported / "class")
     layout = dict(kind="boxes", max_objects=30, vocab=1024, classes=5, crop=True, flags=[], trim=True)
@@ -209,6 +222,21 @@ def test_a_modules_name_covers_its_statistics(start):
     assert origin(new, fresh, loaded, *mean, "norm_1", "mean") == "fresh"
     assert origin(new, fresh, loaded, *mean, "norm_2", "mean") == "file"
     assert origin(new, fresh, loaded, "params", "discriminator", "norm_1", "scale") == "fresh"
+
+
+def test_what_a_discriminator_remembers_may_be_there_or_not(start):
+    """LeCAM's means and the vectors of spectral norms: neither adding nor leaving them out asks for a fresh network."""
+    fresh, loaded = start
+    ours = loaded["collections"]["discriminator"]
+    without = {name: tree for name, tree in ours.items() if name != "lecam"}
+    more = without | {"batch_stats": ours["batch_stats"] | {"conv_in": {"u": np.ones(4)}}}
+    assert "lecam" in fresh.collections["discriminator"]
+    for there in (without, more):
+        there = loaded | {"collections": loaded["collections"] | {"discriminator": there}}
+        new = setup.start_from(fresh, there, "DIR")
+        assert origin(new, fresh, loaded, "params", *DISCRIMINATOR) == "file"
+        assert jax.tree.structure(new.collections) == jax.tree.structure(fresh.collections)
+        assert new.collections["discriminator"]["lecam"]["logits"]["real"] == 0
 
 
 @pytest.mark.parametrize(

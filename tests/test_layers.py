@@ -8,10 +8,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = {
     "config": 0,
+    "exit_codes": 0,
     "parallel": 0,
     "drawing": 0,
     "hlo": 0,
     "images": 0,
+    "stopping": 0,
     "storage": 0,
     "torch_files": 0,
     "torch_pickle": 0,
@@ -32,6 +34,7 @@ LAYERS = {
     "evals": 3,
     "convert": 4,
     "pretrained": 4,
+    "published": 4,
     "trained_transformer": 4,
     "front_door": 4,
     "scoring": 4,

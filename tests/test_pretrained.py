@@ -12,7 +12,7 @@ from configs import common
 from tests import reference as ref
 from vqgan_jax import pretrained
 from vqgan_jax.conditioning import CoordinatesConfig, UnconditionalConfig
-from vqgan_jax.config import UserError
+from vqgan_jax.config import GPT2, UserError
 from vqgan_jax.coordinates import pixel_coordinates
 from vqgan_jax.front_door import PretrainedTransformer
 from vqgan_jax.models.vqgan import VQGAN
@@ -265,7 +265,7 @@ def test_wrong_places_are_one_line(tmp_path):
 
 def small(condition, grid=(4, 4)):
     """A tiny transformer with random parameters under some condition, its own vocabulary layout."""
-    architecture = ArchitectureConfig(1, 1, 8, 0, 0, 0.0, 0.0, 0.0)
+    architecture = ArchitectureConfig(1, 1, 8, 0, 0, 0.0, 0.0, 0.0, **GPT2)
     config = TransformerConfig(architecture, condition, grid, "row_major", False, 0.0)
     model = ImageTransformer(config, Tokenizer(VQGAN(ref.VQGAN_TINY)))
     init = jax.jit(lambda: nn.unbox(model.init(jax.random.key(0))))

@@ -19,9 +19,10 @@ import evaluate
 import sample
 import train_transformer
 import train_vqgan
-from configs import common, demo_transformer, demo_vqgan
-from vqgan_jax import cli, pretrained
+from configs import common, demo_transformer, demo_vqgan, quantizers
+from vqgan_jax import pretrained
 from vqgan_jax.config import UserError
+from vqgan_jax.exit_codes import USER_ERROR
 from vqgan_jax.request.flags import Asked
 from vqgan_jax.sampling.strategies import Strategy
 from vqgan_jax.scoring import judges
@@ -52,8 +53,8 @@ def vqgan_config(steps: str = "4") -> ConfigDict:
     ae = config.model.autoencoder
     ae.resolution, ae.stem, ae.channels, ae.multipliers = 16, 2, 32, (1, 1)
     ae.z_channels, ae.mid_attention = 32, False
-    config.model.quantizer = common.ema(16, 8)
-    config.model.discriminator = ConfigDict(dict(enabled=True, channels=8, layers=2, norm="batch"))
+    config.model.quantizer = quantizers.ema(16, 8)
+    config.model.discriminator = ConfigDict(common.patchgan().to_dict() | dict(channels=8, layers=2))
     config.loss.adversarial_start = "1"
     config.optimizer.warmup, config.optimizer.hold = "0", "0"
     return config
@@ -116,6 +117,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(runs, tmp_path, s
         assert {k: v for k, v in before.items() if k not in speeds} == {
             k: v for k, v in after.items() if k not in speeds
         }
+
+
+@pytest.mark.slow
+def test_a_contrasted_run_keeps_its_reference_beside_its_checkpoints(runs, tmp_path):
+    shutil.copytree(runs / "gpt", tmp_path / "gpt")
+
+    def tune(steps: str) -> None:
+        config = transformer_config(runs / "vqgan", steps)
+        config.init_from, config.loss.cca.weight = str(tmp_path / "gpt"), 300.0
+        config.checkpoint.keep_best = 0
+        train_transformer.train(config, str(tmp_path / "tuned"))
+
+    tune("2")
+    plain = arrays(tmp_path / "gpt")
+    assert jax.tree.structure(arrays(tmp_path / "tuned")) == jax.tree.structure(plain)
+    shutil.rmtree(tmp_path / "gpt")
+    tune("4")
+    kept = tmp_path / "tuned" / "reference" / "params.safetensors"
+    data = bytearray(kept.read_bytes())
+    data[-1] ^= 1
+    kept.write_bytes(bytes(data))
+    with pytest.raises(UserError, match="damaged"):
+        tune("6")
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(runs, tmp_path, caplog):
@@ -220,6 +244,7 @@ def test_a_step_over_the_budget_of_non_finite_ones_stops_the_run(tmp_path):
 def test_a_refused_batch_is_replayed_to_the_operation(tmp_path, capsys):
     config = vqgan_config("2")
     train_vqgan.train(config, str(tmp_path / "w"))
+    recorded = (tmp_path / "w" / "config.json").read_bytes()
     batch = np.random.default_rng(0).uniform(-1, 1, (8, 16, 16, 3)).astype(np.float32)
     for name, value, said in (
         (
@@ -235,6 +260,7 @@ def test_a_refused_batch_is_replayed_to_the_operation(tmp_path, capsys):
         capsys.readouterr()
         train_vqgan.train(config, str(tmp_path / "w"))
         assert re.search(said, capsys.readouterr().out)
+    assert (tmp_path / "w" / "config.json").read_bytes() == recorded  # the run may be going on meanwhile
     np.savez(tmp_path / "other.npz", codes=batch)
     for file, said in (("other.npz", "does not fit this model"), ("none.npz", "cannot be read")):
         config.replay = str(tmp_path / file)
@@ -424,7 +450,7 @@ def run_script(*argv: str) -> subprocess.CompletedProcess:
 )
 def test_mistakes_on_the_command_line(tmp_path, argv, message):
     done = run_script("train_vqgan.py", *(text.format(tmp=tmp_path) for text in argv))
-    assert done.returncode == cli.FAILED, done.stderr
+    assert done.returncode == USER_ERROR, done.stderr
     lines = done.stderr.strip().splitlines()
     assert lines[-1].startswith("error: ") and message in lines[-1], done.stderr
     assert "Traceback" not in done.stderr

@@ -12,7 +12,7 @@ import ml_collections
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?(?:e\d+)?)\s*(?P<unit>steps?|epochs?|examples?|%)?")
 
 
@@ -188,6 +188,27 @@ def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config) | newer
 
 
+GPT2: dict[str, Any] = {  # what version 3 added to transformers, as the reference has it and every config begins
+    "block": "gpt2",  # or "llama": RMSNorm, SwiGLU, no biases
+    "kv_heads": 0,  # heads of keys and values, each shared by several of queries: a smaller cache; 0: as many as heads
+    "mlp_width": 0,  # 0: 4d, of a llama two thirds of that rounded up to a multiple of 256
+    "positions": "learned",  # or "rope": rotary ones over the grid; "rope_llamagen": with LlamaGen's condition token
+    "qk_norm": False,  # RMSNorm of each head's queries and keys
+    "adaln": False,  # each block scaled, shifted and gated by the mean of the condition's embeddings
+    "drop_path": 0.0,  # share of rows that leave the last layer out in training, from 0 at the first
+    "target_positions": False,  # each token knows the place of the one that it predicts: for random orders
+    "head_bits": 0,  # k > 0: codes of 2^n, read as groups of k bits with an output a value of each group
+}
+
+
 def upgrade_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain `config.model` of any version as this one has it: "condition_dropout" came with version 2."""
-    return ({"condition_dropout": 0.0} if "transformer" in model else {}) | dict(model)
+    """A plain `config.model` of any version as this one has it; what was not there yet, as if it had been said."""
+    newer = dict(model)
+    if "transformer" in newer:
+        newer = {"condition_dropout": 0.0} | newer
+        newer["transformer"] = GPT2 | newer["transformer"]
+    if newer.get("quantizer", {}).get("name") == "vq":
+        newer["quantizer"] = {"normalize": False, "start": "uniform"} | newer["quantizer"]
+    if "discriminator" in newer:
+        newer["discriminator"] = {"name": "patchgan", "spectral_norm": False} | newer["discriminator"]
+    return newer

@@ -43,7 +43,7 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     On several slices (TPU multislice) the first batch axis that they divide runs over them.
 
     Raises:
-      UserError: sizes that do not multiply to the number of devices.
+      UserError: sizes that do not multiply to the number of devices, or do not fit the chips' network.
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes[name] for name in MESH_AXES]
@@ -60,7 +60,10 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
         )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        try:
+            return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        except NotImplementedError as error:  # of a TPU's torus
+            raise UserError(f"config.mesh: {asked} cannot be laid onto these chips, choose others ({error})") from None
     return Mesh(_over_slices(shape, slices, devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -272,9 +275,14 @@ def compile_if_it_fits(lowered: Any) -> Any | None:
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not exceeds_memory(error):
             raise
         return None
+
+
+def exceeds_memory(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether the compiler refused a program, or a device an allocation, for want of memory."""
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def device_bytes(compiled: Any) -> int:

@@ -16,15 +16,16 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vqgan_jax import storage
+from vqgan_jax import parallel, storage
 from vqgan_jax.conditioning import encoded_keys
-from vqgan_jax.config import UserError, upgrade
+from vqgan_jax.config import UserError, upgrade, upgrade_model
 from vqgan_jax.convert import reference
 from vqgan_jax.front_door import PretrainedTransformer, PretrainedVQGAN
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
 from vqgan_jax.tokenizer import Tokenizer, by_input_key
-from vqgan_jax.train import checkpoints, portable
+from vqgan_jax.train import checkpoints, portable, setup, used_codes
 from vqgan_jax.train.setup import CHECKPOINTS, COND_STAGE, FIRST_STAGE, cond_folders
+from vqgan_jax.train.transformer_step import REFERENCE
 from vqgan_jax.trained_transformer import Stages, TrainedTransformer
 from vqgan_jax.transformer import ImageTransformer, TransformerConfig
 
@@ -102,7 +103,7 @@ def read_model(path: str | os.PathLike, *, key: str) -> Mapping[str, Any]:
             return opened.stages[reference.ROOT].record["config"]["model"]
     if (stage := path / portable.STAGE_RECORD).exists():
         return upgrade(json.loads(stage.read_text())["record"])["config"]["model"]
-    return json.loads((path / "config.json").read_text())["model"]
+    return upgrade_model(json.loads((path / "config.json").read_text())["model"])
 
 
 def _check_kind(path: epath.Path, key: str, found: str, needed: str) -> None:
@@ -118,6 +119,8 @@ def _read_reference(path: epath.Path, key: str, kind: str, folders: tuple[str, .
     """The stages of a checkpoint of the reference, as far as it has them."""
     with reference.open_checkpoint(path) as opened:
         _check_kind(path, key, opened.kind, kind)
+        if FIRST_STAGE in folders:
+            check_stages(opened)
         trees = {name: opened.read(name) for name in folders if name in opened.stages}
         return {
             name: Trained(opened.stages[name].record, tree["params"], tree.get("collections", {}), {})
@@ -131,6 +134,16 @@ def load_tokenizer(
     """A trained VQGAN as tokenizer, its variables (numpy), and what it was read from."""
     trained = load_trained(path, key=key, kind="vqgan", step=step)
     return make_tokenizer(trained, path, dtype), trained.variables("generator"), trained
+
+
+def check_stages(opened: reference.Checkpoint) -> None:
+    """Raises UserError of a transformer's file without the first stage that it needs."""
+    if opened.kind == "transformer" and FIRST_STAGE not in opened.stages:
+        file = opened.tensors.path
+        raise UserError(
+            f"{file}: a transformer of LlamaGen, whose tokenizer is a file of its own; import both: "
+            f"python -m vqgan_jax.tools.convert --checkpoint={file} --first_stage=vq_ds16_c2i.pt --out=FOLDER"
+        )
 
 
 def make_tokenizer(trained: Trained, path: str | os.PathLike, dtype: Any) -> Tokenizer:
@@ -168,6 +181,24 @@ def adopt_stages(config: ConfigDict, workdir: epath.Path, dtype: Any) -> Stages:
     return open_stages(workdir, _encoded(config), dtype)
 
 
+def adopt_reference(config: ConfigDict, workdir: epath.Path) -> Tree:
+    """The parameters of `config.init_from` as CCA contrasts with them, from a copy in the workdir that is made before
+    the first checkpoint; the run that they come from may go on, or go away.
+
+    Raises:
+      UserError: no transformer there, or the copy is damaged.
+    """
+    folder = workdir / REFERENCE
+    kept = any((workdir / CHECKPOINTS).glob("[0-9]*")) and (folder / portable.STAGE_RECORD).exists()
+    multihost_utils.sync_global_devices("looked for the reference")
+    if not kept:
+        trained = load_trained(config.init_from, key="config.init_from", kind="transformer")
+        if jax.process_index() == 0:
+            write_stage(folder, trained, "transformer")
+        multihost_utils.sync_global_devices("copied the reference")
+    return load_trained(folder, key="config.init_from", kind="transformer").params["transformer"]
+
+
 def open_named_stages(config: ConfigDict, dtype: Any) -> Stages:
     """Opens the VQGANs that a stage-2 config names where they lie. Their hashes are those of their copies in a workdir.
 
@@ -202,7 +233,7 @@ def _load_named(config: ConfigDict, key: str) -> dict[str, Trained]:
         raise UserError(f"{flag}: name the workdir of a trained VQGAN")
     read = [load_trained(path, key=flag, kind="vqgan") for path in paths]
     if key == "vqgan":
-        return {FIRST_STAGE: read[0]}
+        return {FIRST_STAGE: _with_used_codes(config, read[0]) if config.remap else read[0]}
     folders, found = cond_folders(_encoded(config)), {}
     for path, trained in zip(paths, read, strict=True):
         encodes = trained.model_config["input_key"]
@@ -218,6 +249,26 @@ def _load_named(config: ConfigDict, key: str) -> dict[str, Trained]:
             f"{flag}: a '{missing[0]}' condition needs the workdir of its VQGAN; write several with commas between"
         )
     return found
+
+
+def _with_used_codes(config: ConfigDict, trained: Trained) -> Trained:
+    """A first stage without the codes that the training pictures do not use: `config.remap`.
+
+    Raises:
+      UserError: a quantizer without a codebook, or codes that are made already.
+    """
+    if config.codes:
+        raise UserError(
+            f"config.remap: the codes in {config.codes} are made already; make them with vqgan_jax.tools.encode "
+            "--config.remap=True, then train with --config.vqgan=DIR/first_stage of its folder in place of this"
+        )
+    tokenizer = make_tokenizer(trained, config.vqgan, setup.dtype_of(config))
+    used = used_codes.find(config, tokenizer, trained.variables("generator"))
+    parallel.say(f"config.remap: {len(used)} of {tokenizer.codebook_size} codes are in use; the others are left out")
+    model = used_codes.prune_model(trained.model_config, len(used))
+    record = {**trained.record, "config": {**trained.record["config"], "model": model}, "used_codes": used.tolist()}
+    trees = (used_codes.prune(tree, used) for tree in (trained.params, trained.collections, trained.ema))
+    return Trained(record, *trees)
 
 
 def open_stages(workdir: epath.Path, encoded: Sequence[str], dtype: Any) -> Stages:

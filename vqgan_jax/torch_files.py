@@ -106,7 +106,8 @@ class TensorFile(Mapping[str, np.ndarray]):
 def open_tensors(path: str | os.PathLike) -> TensorFile:
     """Opens a .ckpt / .pth / .pt file of torch.save (either format) or a .safetensors file, and checks its sizes.
 
-    The tensors are those of the state dict: the value of "state_dict" at the top, else the tensors at the top.
+    The tensors are those of the state dict: the value of "state_dict", "model" or "module" at the top, whichever holds
+    tensors, else the tensors at the top.
 
     Raises:
       UserError: one line that starts with the path: no such file, an unknown format, a damaged or lying file, no

@@ -46,6 +46,7 @@ _INERT = frozenset(
     "numpy._core.multiarray.scalar numpy._core.multiarray._reconstruct "
     "pathlib.Path pathlib.PosixPath pathlib.PurePosixPath pathlib.WindowsPath".split()
 )
+_STATES = ("state_dict", "model", "module")  # where training programs put the state dict
 # The opcodes that push their argument, and those that push a new value.
 _LITERALS = frozenset(
     "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE "
@@ -138,13 +139,19 @@ def split_state(value: Any) -> tuple[dict[str, Tensor], dict]:
     if isinstance(value, _Object):
         raise Refused("holds a whole Python object, not a state dict; save its .state_dict() with torch.save")
     top = value if isinstance(value, dict) else {}
-    found = top.get("state_dict", top)
+    key = next((key for key in _STATES if _holds_tensors(top.get(key))), None)
+    found = top if key is None else top[key]
     found = found.items if isinstance(found, _Object) else found
-    if not isinstance(found, dict) or not any(isinstance(tensor, Tensor) for tensor in found.values()):
+    if not _holds_tensors(found):
         keys = ", ".join(shown(key) for key in list(top)[:8]) or "nothing"
-        raise Refused(f"holds no tensors, neither under 'state_dict' nor at the top, where there is: {keys}")
+        raise Refused(f"holds no tensors, neither under 'state_dict' or 'model' nor at the top, where there is: {keys}")
     tensors = {name: t for name, t in found.items() if isinstance(name, str) and isinstance(t, Tensor)}
-    return tensors, _plain({key: entry for key, entry in top.items() if key != "state_dict"}, [200_000])
+    return tensors, _plain({name: entry for name, entry in top.items() if name != key}, [200_000])
+
+
+def _holds_tensors(value: Any) -> bool:
+    value = value.items if isinstance(value, _Object) else value
+    return isinstance(value, dict) and any(isinstance(tensor, Tensor) for tensor in value.values())
 
 
 def _plain(value: Any, room: list[int], depth: int = 0) -> Any:

@@ -6,7 +6,7 @@ Trainer, sampler, scores and the front door all speak to the transformer through
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,9 @@ from jax.sharding import Mesh
 
 from vqgan_jax import conditioning, ordering
 from vqgan_jax.config import UserError, to_dataclass
-from vqgan_jax.models.gpt import GPT, Cache, GPTConfig, init_cache, split_layers
+from vqgan_jax.models.bits import split_bits
+from vqgan_jax.models.gpt import GPT, Cache, GPTConfig, cast_weights, init_cache, split_layers
+from vqgan_jax.models.rope import Coordinates
 from vqgan_jax.models.vqgan import model_input
 from vqgan_jax.parallel import constrain, state_shardings
 from vqgan_jax.tokenizer import Tokenizer
@@ -36,6 +38,15 @@ class ArchitectureConfig:
     embed_dropout: float
     residual_dropout: float
     attention_dropout: float
+    block: Literal["gpt2", "llama"]
+    kv_heads: int  # heads of keys and values; 0 = as many as heads
+    mlp_width: int  # 0 = the block's own rule: models/blocks.py
+    positions: Literal["learned", "rope", "rope_llamagen"]  # rotary ones stand on the grid: `ImageTransformer.places`
+    qk_norm: bool
+    adaln: bool  # blocks modulated by the mean of the condition's embeddings
+    drop_path: float  # share of rows that leave the last layer out in training; it grows from 0 at the first
+    target_positions: bool  # each token knows the place of the one that it predicts, as random orders need
+    head_bits: int  # codes read as groups of so many bits; 0 = each by itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +125,7 @@ class ImageTransformer:
     @functools.cached_property
     def gpt(self) -> GPTConfig:
         a = self.config.transformer
-        needed = self.condition.length + len(self.order) - 1
+        needed = self.condition.length + len(self.order) - (not a.target_positions)  # the last code may be an input
         if a.block_size and a.block_size < needed:
             raise UserError(
                 f"config.model.transformer.block_size: {a.block_size} positions, the sequence needs {needed}"
@@ -126,18 +137,39 @@ class ImageTransformer:
             )
         if a.heads < 1 or a.width % a.heads:
             raise UserError(f"config.model.transformer.width: {a.width} does not divide over {a.heads} heads")
-        return GPTConfig(
-            vocab_size=self.layout.vocab_size,
-            head_size=self.layout.head_size,
-            block_size=a.block_size or needed,
-            layers=a.layers,
-            heads=a.heads,
-            width=a.width,
-            prefix=self.condition.length if a.prefix < 0 else a.prefix,
-            embed_dropout=a.embed_dropout,
-            residual_dropout=a.residual_dropout,
-            attention_dropout=a.attention_dropout,
-        )
+        same = set(f.name for f in dataclasses.fields(GPTConfig)) & set(vars(a))
+        changed = {
+            "block_size": a.block_size or needed,
+            "prefix": self.condition.length if a.prefix < 0 else a.prefix,
+        }
+        try:
+            return GPTConfig(
+                vocab_size=self.layout.vocab_size,
+                head_size=self.layout.head_size,
+                condition=self.condition.length,
+                coordinates=() if a.positions == "learned" else self.places,
+                **{name: getattr(a, name) for name in same} | changed,
+            )
+        except ValueError as error:
+            raise UserError(f"config.model.transformer.{error}") from None
+
+    @property
+    def places(self) -> Coordinates:
+        """Row and column of every token, the condition's first, for rotary positions: codes and tokens of spatial
+        conditions stand where they belong on the grid; the others on the diagonal before it, each at (-i, -i), as text
+        stands before pictures in Qwen2-VL (arXiv 2409.12191); with "rope_llamagen" nowhere."""
+        h, w = self.config.grid
+        raster = [divmod(index, w) for index in range(h * w)]
+        absent = self.config.transformer.positions == "rope_llamagen"
+        before = sum(part.length for part in self.condition.parts if not part.spatial)
+        condition: list[tuple[int, int] | None] = []
+        for part in self.condition.parts:
+            if part.spatial:
+                condition += [None] * part.length if absent else raster
+                continue
+            condition += [None if absent else (i - before, i - before) for i in range(part.length)]
+            before -= part.length
+        return (*condition, *(raster[index] for index in self.order))
 
     def check_size(self, image_size: int | tuple[int, int]) -> None:
         """Raises UserError unless pictures of this size (a side, or height and width) have the grid's codes."""
@@ -203,21 +235,54 @@ class ImageTransformer:
         condition_bt: jax.Array,
         codes_bt: jax.Array,
         *,
+        permutation_bt: jax.Array | None = None,
+        grouped: bool = False,
         train: bool = False,
         rngs: dict[str, jax.Array] | None = None,
     ) -> jax.Array:
-        """Logits float32 [b, t, v]: position i predicts `codes_bt[:, i]`. Stacked parameters, as trained."""
+        """Logits of the codes, float32: position i predicts `codes_bt[:, i]`. Stacked parameters, as trained.
+
+        Args:
+          params: as trained.
+          condition_bt: local ids.
+          codes_bt: of each row, in the order in which they are predicted.
+          permutation_bt: which code of the model's order each one is, int32 [b, t]; None: they stand in that order.
+            Needs target_positions, or nothing would say which code comes next.
+          grouped: as `targets` has them: [b, t, v], with head_bits [b, t, groups, values of a group].
+          train: dropout on.
+          rngs: {"dropout": key}.
+
+        Returns:
+          [b, t, v], or grouped.
+        """
         ids = self.layout.join(condition_bt, codes_bt)[:, :-1]
+        places = jnp.arange(ids.shape[1] + 1)[None]
+        if permutation_bt is not None:
+            begin = self.condition.length
+            before = jnp.broadcast_to(places[:, :begin], (len(permutation_bt), begin))
+            places = jnp.concatenate([before, begin + permutation_bt], axis=1)
         logits, _ = GPT(self.gpt, self.dtype, self.remat).apply(
             {"params": params},
             ids,
-            positions_bt=jnp.arange(ids.shape[1])[None],
+            positions_bt=places[:, :-1],
+            targets_bt=places[:, 1:],
             attend=self.attend,
             last=codes_bt.shape[1],
             train=train,
+            grouped=grouped,
             rngs=rngs,
         )
         return logits
+
+    def targets(self, codes_bt: jax.Array) -> jax.Array:
+        """What grouped logits predict of codes [b, t]: themselves, or with head_bits their groups [b, t, groups]."""
+        k = self.gpt.head_bits
+        return split_bits(codes_bt, self.gpt.bit_groups, k) if k else codes_bt
+
+    def place(self, params: Tree, mesh: Mesh) -> Tree:
+        """Stacked parameters that stay as they are: in the compute dtype, norms in float32, sharded as in training."""
+        shardings = state_shardings(jax.eval_shape(self.init, jax.random.key(0)), mesh)
+        return jax.tree.map(jax.device_put, cast_weights(params, self.dtype), shardings)
 
     def decoder(self, split_params: Tree) -> tuple[Callable[..., Any], Callable[[int], Cache]]:
         """What the sampler is handed: `apply(ids_bt, cache, span) -> (logits of the last token [b, v], cache)` and

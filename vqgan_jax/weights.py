@@ -40,6 +40,8 @@ class Weights:
 
 
 _TORCHVISION = "https://download.pytorch.org/models"
+_DINO = "https://dl.fbaipublicfiles.com/dino"
+_LLAMAGEN = "https://huggingface.co/FoundationVision/LlamaGen/resolve/main"
 _HEIBOX = "https://heibox.uni-heidelberg.de/f"
 
 REGISTRY: dict[str, Weights] = {
@@ -87,6 +89,22 @@ REGISTRY: dict[str, Weights] = {
             filename="resnet101-63fe2227.pth",
         ),
         Weights(
+            name="dino_vits8",
+            what="DINO ViT-S/8 trained on ImageNet (Facebook Research)",
+            url=f"{_DINO}/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
+            sha256="",
+            licence="Apache-2.0",
+            filename="dino_deitsmall8_pretrain.pth",
+        ),
+        Weights(
+            name="dino_vits16",
+            what="DINO ViT-S/16 trained on ImageNet (Facebook Research)",
+            url=f"{_DINO}/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+            sha256="",
+            licence="Apache-2.0",
+            filename="dino_deitsmall16_pretrain.pth",
+        ),
+        Weights(
             name="vqgan_imagenet_f16_1024",
             what="VQGAN on ImageNet, f 16, 1024 codes (CompVis)",
             url=f"{_HEIBOX}/140747ba53464f49b476/?dl=1",
@@ -110,6 +128,36 @@ REGISTRY: dict[str, Weights] = {
             licence="MIT",
             filename="vqgan_gumbel_f8.ckpt",
         ),
+        Weights(
+            name="llamagen_vq16",
+            what="LlamaGen's tokenizer on ImageNet, f 16, 16384 codes of 8 numbers (FoundationVision)",
+            url=f"{_LLAMAGEN}/vq_ds16_c2i.pt",
+            sha256="",
+            licence="MIT",
+            filename="vq_ds16_c2i.pt",
+        ),
+        Weights(
+            name="llamagen_vq8",
+            what="LlamaGen's tokenizer on ImageNet, f 8, 16384 codes of 8 numbers (FoundationVision)",
+            url=f"{_LLAMAGEN}/vq_ds8_c2i.pt",
+            sha256="",
+            licence="MIT",
+            filename="vq_ds8_c2i.pt",
+        ),
+        *(
+            Weights(
+                name=f"llamagen_{size.lower()}_{pixels}",
+                what=f"LlamaGen-{size}, class-conditional ImageNet at {pixels} pixels (arXiv 2406.06525)",
+                url=f"{_LLAMAGEN}/c2i_{size}_{pixels}.pt",
+                sha256="",
+                licence="MIT",
+                filename=f"c2i_{size}_{pixels}.pt",
+            )
+            for size, pixels in (
+                *(("B", 256), ("B", 384), ("L", 256), ("L", 384)),
+                *(("XL", 384), ("XXL", 384), ("3B", 384)),
+            )
+        ),
     )
 }
 
@@ -125,7 +173,8 @@ def fetch(name: str, local: str | None = None, *, flag: str) -> epath.Path:
     Args:
       name: a key of REGISTRY.
       local: a file the user has, local or in a bucket; None or "" for none. It is taken as it is, whatever its digest.
-      flag: the flag or config key that `local` comes from, for the error's text ("--config.loss.lpips_weights").
+      flag: the flag or config key that `local` comes from, for the error's text ("--config.loss.lpips_weights"); ""
+        where there is none.
 
     Raises:
       UserError: no such local file, no connection, or another digest than the registry's; a failed file is not kept.
@@ -143,7 +192,7 @@ def fetch(name: str, local: str | None = None, *, flag: str) -> epath.Path:
             raise UserError(
                 f"{weights.what}: cannot be downloaded ({' '.join(str(error).split())}). "
                 f"Get it from {weights.url} ({_digest(weights)}, licence {weights.licence}), "
-                f"then put it at {target} or name the file with {flag}=FILE"
+                f"then put it at {target}{f' or name the file with {flag}=FILE' if flag else ''}"
             ) from None
     return epath.Path(target)
 

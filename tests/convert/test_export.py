@@ -1,5 +1,7 @@
 """Our models go out to the reference and come in again, bit for bit, or are refused by name."""
 
+import dataclasses
+import functools
 import tracemalloc
 
 import flax.linen as nn
@@ -13,10 +15,10 @@ from tests import reference as ref
 from tests.convert.files import GOOD, assert_equal, assert_same_import, run
 from vqgan_jax import pretrained
 from vqgan_jax.conditioning import ClassLabelConfig, CoordinatesConfig, UnconditionalConfig
-from vqgan_jax.config import UserError
+from vqgan_jax.config import GPT2, UserError
 from vqgan_jax.convert import export
 from vqgan_jax.models.autoencoder import AutoencoderConfig
-from vqgan_jax.models.discriminators import DiscriminatorConfig, PatchGAN
+from vqgan_jax.models.discriminators import BlurPoolConfig, PatchGAN, PatchGANConfig
 from vqgan_jax.models.quantizers import EMAConfig
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
 from vqgan_jax.object_tokens import ObjectTokens
@@ -46,9 +48,10 @@ def generator_of(config):
     return jax.tree.map(lambda x: 0.1 * random.standard_normal(x.shape).astype(np.float32), shapes)
 
 
+@functools.cache
 def actnorm_vqgan():
     """A VQGAN with an ActNorm discriminator that has learned beyond its start."""
-    config = VQGANConfig(ref.autoencoder((1, 1), ()), ref.vq(), DiscriminatorConfig(16, 2, "actnorm"), "image")
+    config = VQGANConfig(ref.autoencoder((1, 1), ()), ref.vq(), PatchGANConfig(16, 2, "actnorm", False), "image")
     generator = generator_of(config)["params"]
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
     model = PatchGAN(config.discriminator)
@@ -84,6 +87,16 @@ def test_actnorm_is_summed_on_export_and_equal_after_import(tmp_path):
     assert_equal(first, second)
 
 
+@pytest.mark.parametrize("change", [PatchGANConfig(16, 2, "actnorm", True), BlurPoolConfig(32, 32, 1, False)])
+def test_a_discriminator_that_the_reference_has_not_stays_out(change, tmp_path):
+    config, arrays, _ = actnorm_vqgan()
+    whole, without = (export.Network(c, arrays) for c in (config, dataclasses.replace(config, discriminator=change)))
+    assert whole.discriminator == config.discriminator and without.discriminator is None
+    export.export_vqgan(tmp_path / "x.safetensors", without)
+    assert not any(name.startswith("loss.") for name in load_file(tmp_path / "x.safetensors"))
+    assert "DummyLoss" in (tmp_path / "x.yaml").read_text()
+
+
 def test_an_ema_codebook_is_exported_as_a_codebook(tmp_path):
     config = VQGANConfig(ref.autoencoder((1, 1), ()), EMAConfig(64, 16, 0.25, 0.97, 0.1), None, "image")
     variables = generator_of(config)
@@ -112,7 +125,7 @@ CONDITIONS = {
 def test_transformers_of_every_condition_go_out_and_in(kind, tmp_path):
     condition, order, prefix = CONDITIONS[kind]
     config = TransformerConfig(
-        ArchitectureConfig(2, 2, 16, 0, prefix, 0.0, 0.1, 0.0), condition, (4, 4), order, True, 0.0
+        ArchitectureConfig(2, 2, 16, 0, prefix, 0.0, 0.1, 0.0, **GPT2), condition, (4, 4), order, True, 0.0
     )
     model = ImageTransformer(config, Tokenizer(VQGAN(FIRST)))
     random = np.random.RandomState(3)
@@ -121,7 +134,7 @@ def test_transformers_of_every_condition_go_out_and_in(kind, tmp_path):
     export.export_transformer(tmp_path / "x.safetensors", model, params, stages)
     found = pretrained.open_transformer(tmp_path / "x.safetensors", key="path")
     block_size = model.condition.length + 15
-    assert found.model.config.transformer == ArchitectureConfig(2, 2, 16, block_size, prefix, 0.0, 0.1, 0.0)
+    assert found.model.config.transformer == ArchitectureConfig(2, 2, 16, block_size, prefix, 0.0, 0.1, 0.0, **GPT2)
     assert found.model.config.condition == condition
     assert (found.model.config.order, found.model.config.grid) == (order, (4, 4))
     assert_equal(found.params, params)
@@ -142,7 +155,7 @@ def test_what_the_reference_cannot_say_is_not_exported(tmp_path):
         other = VQGANConfig(AutoencoderConfig(**changed), config.quantizer, None, "image")
         with pytest.raises(UserError, match=name):
             export.export_vqgan(tmp_path / "x.safetensors", export.Network(other, arrays))
-    architecture = ArchitectureConfig(2, 2, 16, 0, 0, 0.0, 0.0, 0.0)
+    architecture = ArchitectureConfig(2, 2, 16, 0, 0, 0.0, 0.0, 0.0, **GPT2)
     own = TransformerConfig(architecture, ClassLabelConfig(7), (4, 4), "row_major", False, 0.0)
     with pytest.raises(UserError, match="shared_vocabulary"):
         export.export_transformer(tmp_path / "x.safetensors", ImageTransformer(own, Tokenizer(VQGAN(FIRST))), {}, {})
@@ -151,7 +164,7 @@ def test_what_the_reference_cannot_say_is_not_exported(tmp_path):
 
 def test_memory_stays_far_below_the_files_size(tmp_path, capsys):
     config = TransformerConfig(
-        ArchitectureConfig(6, 4, 256, 0, 0, 0.0, 0.0, 0.0), ClassLabelConfig(7), (4, 4), "row_major", True, 0.0
+        ArchitectureConfig(6, 4, 256, 0, 0, 0.0, 0.0, 0.0, **GPT2), ClassLabelConfig(7), (4, 4), "row_major", True, 0.0
     )
     model = ImageTransformer(config, Tokenizer(VQGAN(FIRST)))
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), _unboxed(model))

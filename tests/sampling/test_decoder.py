@@ -10,7 +10,7 @@ import pytest
 from tests.sampling.models import random_transformer
 from vqgan_jax import parallel
 from vqgan_jax.config import UserError
-from vqgan_jax.models import attention, gpt
+from vqgan_jax.models import attention, blocks
 from vqgan_jax.models.gpt import split_layers
 from vqgan_jax.sampling.decoder import decode, spans
 from vqgan_jax.sampling.large import LargeSampler
@@ -91,19 +91,22 @@ def test_the_decoders_logits_equal_the_whole_sequences_at_every_position(kind, b
         np.testing.assert_allclose(logits[i], full[:, i], atol=tolerance * spread, err_msg=f"token {i}")
 
 
-def test_one_token_attends_as_many_do():
-    q, k, v = (jax.random.normal(jax.random.key(i), (3, 1 if i == 0 else 20, 32)) for i in range(3))
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_one_token_attends_as_many_do(kv_heads):
+    shapes = (3, 1, 32), (3, 20, 8 * kv_heads), (3, 20, 8 * kv_heads)
+    q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
     seen = jnp.arange(20) < 13
-    heads = [a.reshape(3, -1, 4, 8) for a in (q, k, v)]
+    heads = [a.reshape(3, -1, a.shape[-1] // 8, 8) for a in (q, k, v)]
     expected = jax.nn.dot_product_attention(*heads, mask=jnp.broadcast_to(seen, (3, 4, 1, 20))).reshape(3, 32)
-    for one in (attention.attend_by_matrix, attention.attend_by_sum, attention.attend_by_heads):
+    by_product = attention.attend_by_matrix if kv_heads == 4 else attention.attend_by_spread_query
+    for one in (by_product, attention.attend_by_sum, attention.attend_by_heads):
         np.testing.assert_allclose(one(q[:, 0], k, v, seen, heads=4), expected, atol=1e-5)
 
 
 def test_one_rows_product_in_pieces_is_the_product():
     x, kernel = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(1, 1, 32), (32, 6)]))
-    np.testing.assert_allclose(gpt.contract(x, kernel), x @ kernel, atol=1e-5)
-    assert gpt.contract(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    np.testing.assert_allclose(blocks.contract(x, kernel), x @ kernel, atol=1e-5)
+    assert blocks.contract(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_guided_logits_are_those_of_two_passes():

@@ -7,7 +7,7 @@ import pytest
 
 from tests import reference as ref
 from vqgan_jax.conditioning import ClassLabelConfig, EncodedImageConfig
-from vqgan_jax.config import UserError
+from vqgan_jax.config import GPT2, UserError
 from vqgan_jax.models.gpt import split_layers
 from vqgan_jax.models.vqgan import VQGAN
 from vqgan_jax.sampling.decoder import decode
@@ -22,7 +22,7 @@ def class_transformer():
     """The class-conditional fixture: model, parameters (stacked), frozen variables."""
     tensors = ref.checkpoint("class_transformer_tiny.ckpt")
     config = TransformerConfig(
-        ArchitectureConfig(2, 4, 32, 64, 0, 0.0, 0.0, 0.0), ClassLabelConfig(10), (8, 8), "row_major", True, 0.0
+        ArchitectureConfig(2, 4, 32, 64, 0, 0.0, 0.0, 0.0, **GPT2), ClassLabelConfig(10), (8, 8), "row_major", True, 0.0
     )
     model = ImageTransformer(config, Tokenizer(VQGAN(ref.FIRST_STAGE_TINY)))
     frozen = {"first_stage": ref.vqgan_variables(ref.FIRST_STAGE_TINY, tensors, "first_stage_model.")}
@@ -33,7 +33,7 @@ def depth_transformer():
     """The depth-conditional fixture."""
     tensors = ref.checkpoint("depth_transformer_tiny.ckpt")
     config = TransformerConfig(
-        ArchitectureConfig(2, 2, 32, 512, 0, 0.0, 0.0, 0.0),
+        ArchitectureConfig(2, 2, 32, 512, 0, 0.0, 0.0, 0.0, **GPT2),
         EncodedImageConfig("depth"),
         (16, 16),
         "row_major",

@@ -12,7 +12,7 @@ from tests import reference as ref
 from tests.sampling.models import random_transformer
 from vqgan_jax import parallel
 from vqgan_jax.conditioning import ClassLabelConfig, CoordinatesConfig, EncodedImageConfig, JointConfig
-from vqgan_jax.config import UserError
+from vqgan_jax.config import GPT2, UserError
 from vqgan_jax.models.vqgan import VQGAN
 from vqgan_jax.object_tokens import ObjectTokens
 from vqgan_jax.sampling.blocks import Blocks
@@ -29,7 +29,7 @@ OBJECTS = ObjectTokens(kind="boxes", max_objects=3, vocab=300, classes=5, crop=T
 def transformer(condition, *stages, grid=(4, 4)):
     """A transformer under any condition, with parameters large enough for logits that differ."""
     config = TransformerConfig(
-        ArchitectureConfig(2, 2, 16, 0, 0, 0.0, 0.0, 0.0), condition, grid, "row_major", False, 0.0
+        ArchitectureConfig(2, 2, 16, 0, 0, 0.0, 0.0, 0.0, **GPT2), condition, grid, "row_major", False, 0.0
     )
     model = ImageTransformer(config, Tokenizer(VQGAN(ref.FIRST_STAGE_TINY)), by_input_key(stages))
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0)))

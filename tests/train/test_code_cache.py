@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict
 
 import train_transformer
 from configs import common, finetune
+from tests.processes import free_address
 from vqgan_jax import conditioning, pretrained, storage
 from vqgan_jax.config import UserError
 from vqgan_jax.data import records
@@ -417,7 +417,9 @@ def write_or_die(path, examples):
         os.kill(os.getpid(), signal.SIGKILL)
     return write(path, examples)
 records.write_shard = write_or_die
-encode(make_config(Path(sys.argv[1])), sys.argv[2], views="center_flip", batch=8)
+config = make_config(Path(sys.argv[1]))
+config.remap = bool(os.environ.get("REMAP"))
+encode(config, sys.argv[2], views="center_flip", batch=8)
 print("shards on", jax.process_index(), "of", jax.process_count())
 """
 
@@ -442,9 +444,7 @@ def test_killed_and_on_two_hosts_the_codes_are_those_of_one_undisturbed_process(
     assert killed.wait(timeout=200) == -signal.SIGKILL, killed.stderr.read()
     resumed = process(str(folder), str(tmp_path / "killed"))
     assert resumed.wait(timeout=200) == 0, resumed.stderr.read()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = free_address()
     hosts = [process(str(folder), str(tmp_path / "hosts"), address, str(rank)) for rank in (0, 1)]
     outputs = [host.communicate(timeout=200) for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], outputs

@@ -1,5 +1,7 @@
 """The transformer's step: equal to the reference's, decay on kernels only, corruption and accumulation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,9 @@ from tests.sampling.test_sampling import class_transformer
 from vqgan_jax.convert import names
 from vqgan_jax.train.optimizers import OptimizerConfig, kernels_only, make_optimizer, make_schedule
 from vqgan_jax.train.state import TrainState
-from vqgan_jax.train.transformer_step import TransformerObjective, make_step
+from vqgan_jax.train.transformer_step import Contrast, TransformerObjective, make_step
+
+LIKELIHOOD = TransformerObjective(1.0, 0.0, 0.0, 0, 0, Contrast(0.0, 0.02))
 
 
 def start(tx):
@@ -33,7 +37,7 @@ def test_six_steps_equal_the_reference():
     tx = make_optimizer(config, make_schedule(config, 6, 4))
     model, state = start(tx)
     before = state.params["transformer"]
-    step = jax.jit(make_step(model, TransformerObjective(1.0, 0.0), tx, ema_decay=0.0))
+    step = jax.jit(make_step(model, LIKELIHOOD, tx, ema_decay=0.0))
     losses = []
     for k in range(6):
         state, metrics = step(state, batch_of(golden, k), {})
@@ -78,7 +82,7 @@ def test_kept_codes_and_random_ones():
     model, state = start(tx)
     metrics = {}
     for keep in (1.0, 0.5, 0.0):
-        step = jax.jit(make_step(model, TransformerObjective(keep, 0.0), tx, ema_decay=0.0))
+        step = jax.jit(make_step(model, dataclasses.replace(LIKELIHOOD, keep=keep), tx, ema_decay=0.0))
         _, metrics[keep] = step(state, batch_of(golden, 0), {})
     losses = [float(metrics[keep]["loss"]) for keep in (1.0, 0.5, 0.0)]
     np.testing.assert_allclose(losses[0], golden["loss"][0], rtol=1e-4)
@@ -90,9 +94,9 @@ def test_micro_batches_give_the_mean_gradient():
     tx = optax.sgd(0.1)
     model, state = start(tx)
     results = [
-        jax.jit(make_step(model, TransformerObjective(1.0, 0.1), tx, ema_decay=0.9, accumulation=n))(
-            state, batch_of(golden, 0), {}
-        )
+        jax.jit(
+            make_step(model, dataclasses.replace(LIKELIHOOD, label_smoothing=0.1), tx, ema_decay=0.9, accumulation=n)
+        )(state, batch_of(golden, 0), {})
         for n in (1, 2)
     ]
     np.testing.assert_allclose(results[0][1]["loss"], results[1][1]["loss"], rtol=1e-5)
@@ -124,7 +128,7 @@ def test_a_share_of_the_rows_trains_without_its_condition(monkeypatch):
     monkeypatch.setattr(type(model), "logits", logits)
     tx = optax.sgd(0.0)
     state = TrainState.create(jax.random.key(0), {"transformer": params}, {}, {"transformer": tx.init(params)}, {})
-    step = jax.jit(make_step(model, TransformerObjective(1.0, 0.0), tx, ema_decay=0.0))
+    step = jax.jit(make_step(model, LIKELIHOOD, tx, ema_decay=0.0))
     batch = {"codes/image": np.zeros((64, 4, 4), np.int32), "label": np.arange(64, dtype=np.int32) % 10}
     for _ in range(4):
         state, _ = step(state, batch, {})

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vqgan_jax.conditioning import condition_config
-from vqgan_jax.config import UserError, choose
+from vqgan_jax.config import GPT2, UserError, choose
 from vqgan_jax.convert.settings import Settings
 from vqgan_jax.object_tokens import FLAGS
 
@@ -156,6 +156,8 @@ def _quantizer(shapes: Shapes, settings: Settings) -> dict[str, Any]:
             "codebook_weight": 0.25,
             "restart_below": 0.0,
             "usage_decay": 0.99,
+            "normalize": False,
+            "start": "uniform",
         }
     settings.check(n_embed=size, embed_dim=dim)
     return found
@@ -181,6 +183,8 @@ def _discriminator(shapes: Shapes, settings: Settings) -> dict[str, Any]:
         raise UserError(f"{settings.checkpoint}: '{prefix}{max(numbers)}' is not the last layer of a PatchGAN")
     found = {
         "enabled": True,
+        "name": "patchgan",
+        "spectral_norm": False,
         "channels": _size(shapes, f"{prefix}0.weight", 4, settings)[0],
         "layers": layers,
         "norm": "actnorm" if f"{prefix}3.loc" in shapes else "batch",
@@ -285,6 +289,7 @@ def transformer_model(
             "embed_dropout": gpt.number("embd_pdrop", 0.0),
             "residual_dropout": gpt.number("resid_pdrop", 0.0),
             "attention_dropout": gpt.number("attn_pdrop", 0.0),
+            **GPT2,
         },
         "condition": dict(condition),
         "grid": list(grid),

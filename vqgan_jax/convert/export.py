@@ -10,11 +10,13 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from vqgan_jax import conditioning, storage
-from vqgan_jax.config import UserError
+from vqgan_jax.config import GPT2, UserError
 from vqgan_jax.convert import detect, names
-from vqgan_jax.convert.reference import PREFIXES, Slot, transformer_slots, vqgan_slots
+from vqgan_jax.convert.reference import PREFIXES, transformer_slots, vqgan_slots
+from vqgan_jax.convert.slots import Slot
 from vqgan_jax.convert.stream import Entry, write_safetensors
-from vqgan_jax.models.gpt import attention_mask
+from vqgan_jax.models.attention import attention_mask
+from vqgan_jax.models.discriminators import PatchGANConfig
 from vqgan_jax.models.quantizers import EMAConfig, GumbelConfig, VQConfig
 from vqgan_jax.models.vqgan import VQGANConfig
 from vqgan_jax.object_tokens import FLAGS
@@ -23,6 +25,7 @@ from vqgan_jax.train.setup import COND_STAGE, FIRST_STAGE
 from vqgan_jax.transformer import ImageTransformer
 
 Tree = Mapping[str, Any]
+_QUANTIZERS = (VQConfig, EMAConfig, GumbelConfig)
 _THEIR_KEYS = {ours: theirs for theirs, ours in reversed(detect.BATCH_KEYS.items())}
 
 
@@ -33,9 +36,15 @@ class Network:
     config: VQGANConfig
     arrays: Tree
 
+    @property
+    def discriminator(self) -> PatchGANConfig | None:
+        """The discriminator that the file can hold: what the reference has no name for only trained the model."""
+        found = self.config.discriminator if "discriminator" in self.arrays["params"] else None
+        return found if isinstance(found, PatchGANConfig) and not found.spectral_norm else None
+
 
 def export_vqgan(path: epath.Path, network: Network) -> None:
-    """Writes `path` (.safetensors) and the YAML of the same stem.
+    """Writes `path` (.safetensors) and the YAML of the same stem, with the discriminator where the reference has such.
 
     Raises:
       UserError: something that the reference has no name for.
@@ -58,6 +67,11 @@ def export_transformer(path: epath.Path, model: ImageTransformer, params: Tree, 
     if not model.config.shared_vocabulary:
         raise UserError(
             "--to=torch: the reference knows no model.shared_vocabulary=False: its conditions share the codes' ids"
+        )
+    architecture = model.config.transformer
+    if modern := [name for name, value in GPT2.items() if getattr(architecture, name) != value]:
+        raise UserError(
+            f"--to=torch: the reference knows no model.transformer.{modern[0]}={getattr(architecture, modern[0])!r}"
         )
     entries = [entry for name, stage in stages.items() for entry in _vqgan_entries(stage, PREFIXES[name])]
     entries += _entries(transformer_slots(model), {"params": {"transformer": params}})
@@ -82,6 +96,9 @@ def _write(path: epath.Path, entries: list[Entry], model: Tree, data: Tree | Non
 
 def _vqgan_entries(network: Network, prefix: str) -> Iterator[Entry]:
     config, arrays = network.config, network.arrays
+    if not isinstance(config.quantizer, _QUANTIZERS) or getattr(config.quantizer, "normalize", False):
+        kind = type(config.quantizer).__name__.removesuffix("Config")
+        raise UserError(f"--to=torch: the reference has no quantizer like this {kind} of model.quantizer")
     if unknown := [
         name
         for name, ours, theirs in (
@@ -98,9 +115,10 @@ def _vqgan_entries(network: Network, prefix: str) -> Iterator[Entry]:
         generator = {**arrays["params"]["generator"], "quantizer": {"codebook": book}}
         arrays = {**arrays, "params": {**arrays["params"], "generator": generator}}
         q = config.quantizer
-        config = dataclasses.replace(config, quantizer=VQConfig(q.codebook_size, q.dim, 1.0, 0.25, 0.0, 0.99))
-    if "discriminator" not in arrays["params"]:
-        config = dataclasses.replace(config, discriminator=None)
+        config = dataclasses.replace(
+            config, quantizer=VQConfig(q.codebook_size, q.dim, 1.0, 0.25, 0.0, 0.99, False, "uniform")
+        )
+    config = dataclasses.replace(config, discriminator=network.discriminator)
     yield from _entries(vqgan_slots(config, prefix), arrays)
     if config.discriminator is not None and config.discriminator.norm == "batch":
         for k in range(1, config.discriminator.layers + 1):
@@ -167,8 +185,7 @@ def _vqgan_section(network: Network, stage: bool = False) -> dict[str, Any]:
         }
         scheduler = "taming.lr_scheduler.LambdaWarmUpCosineScheduler"
         params["temperature_scheduler_config"] = {"target": scheduler, "params": schedule}
-    if "discriminator" in network.arrays["params"] and not stage:
-        d = config.discriminator
+    if (d := network.discriminator) and not stage:
         params["lossconfig"] = {
             "target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
             "params": {

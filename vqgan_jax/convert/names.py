@@ -20,10 +20,29 @@ Layout = Literal["same", "conv", "linear", "channel", "row"]
 @dataclasses.dataclass(frozen=True)
 class Key:
     """A tensor of the reference, and how its axes stand: "conv" OIHW, "linear" [out, in], "channel" [1, c, 1, 1],
-    "row" [1, ...]; "same" as ours."""
+    "row" [1, ...]; "same" as ours.
+
+    Of some only the rows from..to of `total` are meant; and where `turned` is a head's width, pairs of neighbours among
+    its rows are pairs of halves among our columns.
+    """
 
     name: str
     layout: Layout = "same"
+    rows: tuple[int, int] | None = None
+    total: int = 0
+    turned: int = 0
+
+    def take(self, array: np.ndarray) -> np.ndarray:
+        """Brings the tensor into our layout. Raises ValueError for a wrong rank or number of rows."""
+        if self.rows:
+            if array.shape[:1] != (self.total,):
+                raise ValueError(f"{array.shape[0] if array.ndim else 0} rows where {self.total} belong")
+            array = array[slice(*self.rows)]
+        array = to_ours(array, self.layout)
+        if not self.turned:
+            return array
+        pairs = array.reshape(array.shape[0], -1, self.turned // 2, 2)
+        return pairs.swapaxes(2, 3).reshape(array.shape)
 
 
 def to_ours(array: np.ndarray, layout: Layout) -> np.ndarray:
@@ -143,6 +162,20 @@ def resnet_key(path: str) -> Key:
         (f"{module}.0", f"{module}.1") if module.endswith("downsample") else (module, module.replace("conv", "bn"))
     )
     return Key(f"{conv}.weight", "conv") if leaf == "kernel" else Key(f"{norm}.{_NORM[leaf]}")
+
+
+_DINO = {"out": "attn.proj", "qkv": "attn.qkv", "mlp_up": "mlp.fc1", "mlp_down": "mlp.fc2"}
+
+
+def dino_key(path: str) -> Key:
+    """One of a DINO ViT's arrays, by the official file's names ("blocks.0.attn.qkv.weight")."""
+    if "/" not in path:
+        return Key({"class_token": "cls_token", "position_embedding": "pos_embed"}[path], "row")
+    module, leaf = path.rsplit("/", 1)
+    if module == "patch_embedding":
+        return Key(f"patch_embed.proj.{_LEAF[leaf]}", "conv" if leaf == "kernel" else "same")
+    block, layer = re.fullmatch(r"block_(\d+)/(\w+)", module).groups()
+    return Key(f"blocks.{block}.{_DINO.get(layer, layer)}.{_LEAF[leaf]}", "linear" if leaf == "kernel" else "same")
 
 
 def gpt_key(path: str, layer: int | None = None, prefix: str = "") -> Key:

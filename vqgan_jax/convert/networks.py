@@ -1,4 +1,4 @@
-"""Frozen networks of others from their published files: LPIPS, the FID's Inception, torchvision's ResNets."""
+"""Frozen networks of others from their published files: LPIPS, the FID's Inception, torchvision's ResNets, DINO."""
 
 import os
 from collections.abc import Callable, Collection
@@ -15,6 +15,7 @@ from vqgan_jax.config import UserError, choose
 from vqgan_jax.convert import names
 from vqgan_jax.evals.features import FeatureNet
 from vqgan_jax.models import inception, resnet
+from vqgan_jax.models.dino import DINO, DINOS
 from vqgan_jax.models.inception import Inception
 from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.resnet import RESNETS, ResNet
@@ -56,6 +57,18 @@ def load_resnet(name: str, path: str | os.PathLike) -> FeatureNet:
       UserError: another name, or as `load_inception`.
     """
     return _load_frozen(name, ResNet(choose("classifier", name, RESNETS)), resnet.SIZE, names.resnet_key, path)
+
+
+def load_dino(name: str, path: str | os.PathLike) -> Tree:
+    """The variables of "dino_vits8" or "dino_vits16" from the official file of the backbone.
+
+    Raises:
+      UserError: another name, or as `load_inception`.
+    """
+    config = choose("DINO", name, DINOS)
+    # The last norm is part of the file and of no feature map.
+    unused = ("norm.weight", "norm.bias")
+    return _load_frozen(name, DINO(config, (config.depth,)), config.size, names.dino_key, path, unused).variables
 
 
 def _load_frozen(

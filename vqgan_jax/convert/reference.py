@@ -22,10 +22,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vqgan_jax import storage
 from vqgan_jax.config import FORMAT_VERSION, UserError, choose
-from vqgan_jax.convert import detect, names
+from vqgan_jax.convert import detect, llamagen, llamagen_tokenizer, names
 from vqgan_jax.convert.settings import Settings, read_settings
+from vqgan_jax.convert.slots import Slot, Stage
 from vqgan_jax.convert.stream import Entry, write_safetensors
-from vqgan_jax.models.discriminators import DiscriminatorConfig, PatchGAN
+from vqgan_jax.models.discriminators import PatchGAN, PatchGANConfig
 from vqgan_jax.models.quantizers import GumbelConfig
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
 from vqgan_jax.tokenizer import Tokenizer, by_input_key
@@ -50,59 +51,17 @@ BUFFERS = {  # what a file may hold beyond our arrays, and what it is
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Slot:
-    """One array of a stage.
-
-    Attributes:
-      path: in the stage: "params/generator/encoder/conv_in/kernel".
-      keys: the tensor it is in the file; one a layer where layers are stacked; () for zeros that no file has.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    keys: tuple[names.Key, ...]
-    dtype: np.dtype = np.dtype(np.float32)
-    stacked: bool = False
-
-    @property
-    def piece_shape(self) -> tuple[int, ...]:
-        """The shape of what one key gives."""
-        return self.shape[1:] if self.stacked else self.shape
-
-    def pieces(self, tensors: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
-        """The array's parts in our layout, one a key."""
-        if not self.keys:
-            yield np.zeros(self.shape, self.dtype)
-        for key in self.keys:
-            yield np.ascontiguousarray(names.to_ours(tensors[key.name], key.layout), self.dtype)
-
-    def read(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The whole array."""
-        if not self.stacked:
-            return next(self.pieces(tensors)).reshape(self.shape)
-        array = np.empty(self.shape, self.dtype)
-        for layer, piece in enumerate(self.pieces(tensors)):
-            array[layer] = piece
-        return array
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One stage's record and arrays."""
-
-    record: dict[str, Any]
-    slots: tuple[Slot, ...]
-
-
-def vqgan_slots(config: VQGANConfig, prefix: str = "") -> tuple[Slot, ...]:
-    """The arrays of a VQGAN in the reference's terms, its discriminator included where it has one."""
+def vqgan_slots(
+    config: VQGANConfig, prefix: str = "", rename: Callable[[str], str] = lambda name: name
+) -> tuple[Slot, ...]:
+    """The arrays of a VQGAN in the reference's terms, its discriminator included where it has one. `rename` makes of a
+    name of the reference that of another project of the same architecture."""
     c = config.autoencoder
     quantizer = "gumbel" if isinstance(config.quantizer, GumbelConfig) else "vq"
     images = jnp.zeros((1, c.factor * 2, c.factor * 2, c.in_channels))
     shapes = _shapes(lambda: VQGAN(config).init({"params": jax.random.key(0)}, images))["params"]
     slots = [
-        Slot(f"params/generator/{path}", shape, (_prefixed(names.generator_key(path, quantizer), prefix),))
+        Slot(f"params/generator/{path}", shape, (_renamed(names.generator_key(path, quantizer), prefix, rename),))
         for path, shape in shapes.items()
     ]
     if config.discriminator is not None:
@@ -110,7 +69,7 @@ def vqgan_slots(config: VQGANConfig, prefix: str = "") -> tuple[Slot, ...]:
     return tuple(slots)
 
 
-def _discriminator_slots(config: DiscriminatorConfig, channels: int, prefix: str) -> Iterator[Slot]:
+def _discriminator_slots(config: PatchGANConfig, channels: int, prefix: str) -> Iterator[Slot]:
     side = 64 * 2**config.layers
     images = jnp.zeros((1, side, side, channels))
     trees = _shapes(lambda: PatchGAN(config).init(jax.random.key(0), images))
@@ -156,8 +115,8 @@ def _shapes(init: Callable[[], Any]) -> dict[str, dict[str, tuple[int, ...]]]:
     }
 
 
-def _prefixed(key: names.Key, prefix: str) -> names.Key:
-    return dataclasses.replace(key, name=prefix + key.name)
+def _renamed(key: names.Key, prefix: str, rename: Callable[[str], str]) -> names.Key:
+    return dataclasses.replace(key, name=prefix + rename(key.name))
 
 
 class Checkpoint:
@@ -165,7 +124,7 @@ class Checkpoint:
 
     Attributes:
       kind: "vqgan" or "transformer".
-      stages: ROOT, and for a transformer FIRST_STAGE and, where there is one, COND_STAGE.
+      stages: ROOT, and for a transformer of the reference FIRST_STAGE and, where there is one, COND_STAGE.
       left_out: number of tensors by what they are.
     """
 
@@ -175,9 +134,27 @@ class Checkpoint:
         self._settings = settings.section("model", "params")
         self._data = settings.section("data", "params", "train", "params")
         self.kind = "transformer" if "transformer.tok_emb.weight" in tensors else "vqgan"
-        self.stages = self._transformer() if self.kind == "transformer" else {ROOT: self._vqgan("", self._settings)}
+        self._buffers = BUFFERS
+        if llamagen.is_transformer(tensors):
+            self.kind, self._buffers = "transformer", llamagen.BUFFERS
+            self.stages = {ROOT: self._llamagen()}
+        elif llamagen_tokenizer.is_tokenizer(tensors):
+            self._buffers = llamagen_tokenizer.BUFFERS
+            self.stages = {ROOT: self._llamagen_tokenizer()}
+        elif self.kind == "transformer":
+            self.stages = self._transformer()
+        else:
+            self.stages = {ROOT: self._vqgan("", self._settings)}
         self._check_shapes()
         self.left_out = self._check_names()
+
+    @property
+    def codes(self) -> int:
+        """Codes of the VQGAN, or of that which a transformer was trained on."""
+        if self.kind == "transformer" and FIRST_STAGE not in self.stages:
+            return self.tensors.shape(llamagen.CODES)[0]
+        model = self.stages[FIRST_STAGE if self.kind == "transformer" else ROOT].record["config"]["model"]
+        return VQGANConfig.from_config(model, key=f"{self.tensors.path}: model").quantizer.codebook_size
 
     def read(self, folder: str = ROOT) -> dict[str, Any]:
         """One stage's arrays, as `portable.read_stage` would read them from the working directory."""
@@ -228,6 +205,19 @@ class Checkpoint:
         model = detect.vqgan_model(self._under(prefix), settings, input_key)
         config = VQGANConfig.from_config(model, key=f"{self.tensors.path}: {prefix}model")
         return Stage(self._record("vqgan", model), vqgan_slots(config, prefix))
+
+    def _llamagen(self) -> Stage:
+        """A transformer of LlamaGen; its tokenizer is a file of its own."""
+        model = llamagen.transformer_model(self.tensors, self._settings)
+        slots = llamagen.transformer_slots(model, self.tensors.shape(llamagen.CODES)[0])
+        return Stage(self._record("transformer", model), slots)
+
+    def _llamagen_tokenizer(self) -> Stage:
+        model = llamagen_tokenizer.vqgan_model(self.tensors, self._settings)
+        config = VQGANConfig.from_config(model, key=f"{self.tensors.path}: model")
+        levels = len(config.autoencoder.multipliers)
+        slots = vqgan_slots(config, rename=functools.partial(llamagen_tokenizer.llamagen_name, levels=levels))
+        return Stage(self._record("vqgan", model), slots)
 
     def _transformer(self) -> dict[str, Stage]:
         settings = self._settings
@@ -286,16 +276,17 @@ class Checkpoint:
 
     def _check_shapes(self) -> None:
         for slot in self._slots():
-            for key in slot.keys:
+            for key, piece_shape in zip(slot.keys, slot.piece_shapes, strict=True):
                 if key.name not in self.tensors:
                     raise UserError(f"{self.tensors.path}: the file has no tensor '{key.name}', which the model needs")
                 shape = self.tensors.shape(key.name)
                 try:
-                    ours = names.to_ours(np.broadcast_to(np.float32(0), shape), key.layout).shape
+                    ours = key.take(np.broadcast_to(np.float32(0), shape)).shape
                 except (ValueError, IndexError):
                     ours = None
-                if ours != slot.piece_shape:
-                    belongs = names.to_reference(np.broadcast_to(np.float32(0), slot.piece_shape), key.layout).shape
+                if ours != piece_shape:
+                    belongs = names.to_reference(np.broadcast_to(np.float32(0), piece_shape), key.layout).shape
+                    belongs = (key.total, *belongs[1:]) if key.rows else belongs
                     raise UserError(f"{self.tensors.path}: '{key.name}' has shape {shape}, {belongs} belongs")
 
     def _check_names(self) -> dict[str, int]:
@@ -304,7 +295,7 @@ class Checkpoint:
         for name in self.tensors:
             if name in mapped:
                 continue
-            what = next((what for pattern, what in BUFFERS.items() if re.fullmatch(pattern, name)), None)
+            what = next((what for pattern, what in self._buffers.items() if re.fullmatch(pattern, name)), None)
             if what is None:
                 raise UserError(
                     f"{self.tensors.path}: the tensor '{name}' is no part of a {self.kind} as found here, and no known "

@@ -88,13 +88,13 @@ class NLLMetrics(metrics.Collection):
         """Scores one batch.
 
         Args:
-          logits: [b, t, v].
-          targets: int32 [b, t], the tokens that the logits predict.
+          logits: [b, t, v], or of tokens in groups [b, t, g, v].
+          targets: int32 [b, t] or [b, t, g], the tokens that the logits predict.
           valid: bool [b], False at padding.
         """
         return super().single_from_model_output(
             nll=losses.token_nll(logits, targets).sum(axis=-1),
-            correct=(logits.argmax(axis=-1) == targets).sum(axis=-1),
+            correct=losses.over_groups(logits.argmax(axis=-1) == targets, jnp.all).sum(axis=-1),
             tokens=jnp.full(targets.shape[:1], targets.shape[1], jnp.int32),
             mask=valid,
         )

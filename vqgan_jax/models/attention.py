@@ -1,6 +1,7 @@
 """Causal, prefix and full attention, by the kernel that suits the platform: cuDNN on NVIDIA, Pallas on TPU, else XLA.
 
-Queries, keys and values come folded, [b, t, n*k]; letters as in `gpt.py`. Softmax in float32 everywhere.
+Queries come folded, [b, t, n*k], keys and values as [b, t, m*k]; letters as in `gpt.py`. Softmax in float32 everywhere.
+Of m heads of keys and values each serves g = n / m queries that stand side by side (arXiv 2305.13245); mostly m = n.
 """
 
 import functools
@@ -41,10 +42,30 @@ def attend_many(
     """Attention of many tokens by plain products, [b, t, n*k] -> [b, t, n*k]; `mask` is bool [t, s] or
     [b, 1, t, s]."""
     b, t, d = query.shape
+    if keys.shape[-1] != d:
+        return _attend_many_in_groups(query, keys, values, mask, d // heads, drop)
     q, k, v = (a.reshape(b, -1, heads, d // heads) for a in (query, keys, values))
     scores = jnp.einsum("btnk,bsnk->bnts", q, k, preferred_element_type=jnp.float32) * (d // heads) ** -0.5
     weights = drop(jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(query.dtype))
     return jnp.einsum("bnts,bsnk->btnk", weights, v).reshape(b, t, d)
+
+
+def _attend_many_in_groups(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    width: int,
+    drop: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """`attend_many` of fewer heads of keys and values than of queries, each `width` wide."""
+    b, t, d = query.shape
+    k, v = (a.reshape(b, a.shape[1], -1, width) for a in (keys, values))
+    q = query.reshape(b, t, k.shape[2], -1, width)
+    scores = jnp.einsum("btmgk,bsmk->bmgts", q, k, preferred_element_type=jnp.float32) * width**-0.5
+    mask = jnp.expand_dims(mask, -3)
+    weights = drop(jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(query.dtype))
+    return jnp.einsum("bmgts,bsmk->btmgk", weights, v).reshape(b, t, d)
 
 
 def attend_sequence(query: jax.Array, keys: jax.Array, values: jax.Array, *, heads: int) -> jax.Array:
@@ -60,7 +81,7 @@ def attend_sequence(query: jax.Array, keys: jax.Array, values: jax.Array, *, hea
         kernel = _by_pallas
     else:
         return attend_many(query, keys, values, attention_mask("causal", 0, t, t), heads=heads)
-    by_heads = (a.reshape(b, t, heads, d // heads) for a in (query, keys, values))
+    by_heads = (a.reshape(b, t, -1, d // heads) for a in (query, keys, values))
     return kernel(*by_heads).reshape(b, t, d)
 
 
@@ -86,6 +107,8 @@ def _pallas_takes(batch: int, length: int, heads: int, width: int) -> bool:
 
 def _by_pallas(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Each device its own rows and heads; tokens past the end, which no query before them sees, fill the last tile."""
+    if k.shape[2] != q.shape[2]:  # the kernel knows no groups
+        k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
     length, width = q.shape[1], q.shape[-1]
     full = -(-length // _TILE) * _TILE
     tile = next(size for size in (512, 256, _TILE) if full % size == 0)
@@ -108,12 +131,12 @@ def attend_one(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.A
 
     Args:
       query: [b, n*k].
-      keys, values: [b, s, n*k].
+      keys, values: [b, s, m*k].
       seen: bool [s].
       heads: n.
     """
-
-    ways = attend_by_matrix, attend_by_sum, attend_by_heads
+    matrix = attend_by_matrix if keys.shape[-1] == query.shape[-1] else attend_by_spread_query
+    ways = matrix, attend_by_sum, attend_by_heads
     by_matrix, by_sum, by_heads = (functools.partial(f, heads=heads) for f in ways)
     return jax.lax.platform_dependent(
         query, keys, values, seen, tpu=by_matrix, cuda=by_sum, rocm=by_sum, default=by_heads
@@ -121,7 +144,8 @@ def attend_one(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.A
 
 
 def attend_by_matrix(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array, *, heads: int) -> jax.Array:
-    """`attend_one` where a head's dimensions are summed up, and spread over, by a matrix of zeros and ones."""
+    """`attend_one` where a head's dimensions are summed up, and spread over, by a matrix of zeros and ones; of as many
+    heads of keys as of queries."""
     by_head = jnp.repeat(jnp.eye(heads, dtype=keys.dtype), query.shape[-1] // heads, axis=0)  # [n*k, n]
     scores = jnp.einsum("bsd,dn->bsn", query[:, None] * keys, by_head, preferred_element_type=jnp.float32)
     weights = _weigh(scores, query, seen).astype(keys.dtype)
@@ -129,10 +153,30 @@ def attend_by_matrix(query: jax.Array, keys: jax.Array, values: jax.Array, seen:
     return (weights * values).sum(1).astype(query.dtype)
 
 
+def attend_by_spread_query(
+    query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array, *, heads: int
+) -> jax.Array:
+    """`attend_one` of groups: each query stands among zeros where its head of the folded keys is, so that one product
+    reads the cache as it lies. Of what a query gathers over all heads of values its own is kept."""
+    b, d = query.shape
+    m = keys.shape[-1] * heads // d
+    own = jnp.eye(m, dtype=query.dtype)[:, None, :, None]  # [m, 1, m, 1]
+    q = (query.reshape(b, m, -1, 1, d // heads) * own).reshape(b, heads, -1)  # [b, n, m*k]
+    scores = jnp.einsum("bsd,bnd->bsn", keys, q, preferred_element_type=jnp.float32)
+    weights = _weigh(scores, query, seen).astype(keys.dtype)
+    y = jnp.einsum("bsn,bsd->bnd", weights, values, preferred_element_type=jnp.float32)
+    return (y.reshape(b, m, -1, m, d // heads) * own).sum(3).reshape(b, d).astype(query.dtype)
+
+
 def attend_by_sum(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array, *, heads: int) -> jax.Array:
     """`attend_one` as sums over axes: what a GPU fuses into one pass over the keys and one over the values."""
-    q, k, v = (a.astype(jnp.float32).reshape(*a.shape[:-1], heads, -1) for a in (query, keys, values))
-    weights = _weigh((q[:, None] * k).sum(-1), query, seen)
+    q, k, v = (
+        a.astype(jnp.float32).reshape(*a.shape[:-1], -1, query.shape[-1] // heads) for a in (query, keys, values)
+    )
+    if k.shape[2] != heads:  # [b, m, g, k] and [b, s, m, 1, k]
+        q, k, v = q.reshape(q.shape[0], k.shape[2], -1, k.shape[3]), k[:, :, :, None], v[:, :, :, None]
+    scores = (q[:, None] * k).sum(-1)
+    weights = _weigh(scores.reshape(*scores.shape[:2], heads), query, seen).reshape(scores.shape)
     return (weights[..., None] * v).sum(1).reshape(query.shape).astype(query.dtype)
 
 
@@ -140,10 +184,14 @@ def attend_by_heads(query: jax.Array, keys: jax.Array, values: jax.Array, seen: 
     """`attend_one` a head at a time, heads before positions: so cut, a CPU copies a head's whole rows; for the einsum
     of `attend_many` it copies number by number, and takes twice as long."""
     q = query.reshape(query.shape[0], heads, -1)
-    k, v = (a.reshape(*a.shape[:2], heads, -1).swapaxes(1, 2) for a in (keys, values))
-    scores = jnp.einsum("bnk,bnsk->bns", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    k, v = (a.reshape(*a.shape[:2], -1, q.shape[-1]).swapaxes(1, 2) for a in (keys, values))
+    groups = k.shape[1] != heads
+    if groups:
+        q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
+    names = "bmgk,bmsk->bmgs" if groups else "bnk,bnsk->bns"
+    scores = jnp.einsum(names, q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(query.dtype)
-    return jnp.einsum("bns,bnsk->bnk", weights, v).reshape(query.shape)
+    return jnp.einsum("bmgs,bmsk->bmgk" if groups else "bns,bnsk->bnk", weights, v).reshape(query.shape)
 
 
 def _weigh(scores_bsn: jax.Array, query: jax.Array, seen: jax.Array) -> jax.Array:

@@ -1,185 +1,46 @@
-"""The transformer of stage 2: GPT-2 as in minGPT, pre-norm, learned positions, untied head, prefix of full attention.
+"""The transformer of stage 2: GPT-2 as in minGPT, or a Llama as in LlamaGen (arXiv 2406.06525), over tokens of codes.
 
-Letters: b batch, t tokens, d width, n heads, k head dim, f MLP width, v vocabulary, s cache length, l layers.
+Pre-norm, untied head, prefix of full attention; its blocks: models/blocks.py. Letters: b batch, t tokens, d width,
+n heads, k head dim, f MLP width, v vocabulary, s cache length, l layers.
 """
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from flax.typing import Dtype, Initializer
+from flax.typing import Dtype
 
-from vqgan_jax.models.attention import Attend, attend_many, attend_one, attend_sequence, attention_mask
+from vqgan_jax.models import bits
+from vqgan_jax.models.attention import Attend
+from vqgan_jax.models.blocks import MODULATIONS, Block, Context, GPTConfig, norm, normal, partitioned, zeros
 from vqgan_jax.models.remat import remat
+from vqgan_jax.models.rope import rotation_at
 from vqgan_jax.parallel import constrain, scan_unroll
-
-
-@dataclasses.dataclass(frozen=True)
-class GPTConfig:
-    """Hyper-parameters of the transformer."""
-
-    vocab_size: int  # rows of the embedding table: image codes and every kind of condition token
-    head_size: int  # outputs: image codes only, or the whole vocabulary where kinds share ids as in the reference
-    block_size: int  # positions
-    layers: int
-    heads: int
-    width: int
-    prefix: int  # the first tokens that attend to each other both ways under attend="prefix" (`n_unmasked`)
-    embed_dropout: float
-    residual_dropout: float
-    attention_dropout: float
-
-    def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} does not divide over {self.heads} heads")
 
 
 @struct.dataclass
 class Cache:
-    """Keys and values of past tokens, one full allocation a layer [b, s, n*k], and how many positions are filled."""
+    """Keys and values of past tokens, one full allocation a layer [b, s, kv_width], and how many positions are filled;
+    with AdaLN also what each layer makes of the condition [b, 6d]."""
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     length: jax.Array
+    modulations: tuple[jax.Array, ...] = ()
 
 
 def init_cache(config: GPTConfig, batch: int, length: int, dtype: Dtype) -> Cache:
     """An empty cache for `batch` sequences of up to `length` tokens."""
 
     def one() -> tuple[jax.Array, ...]:
-        zeros = (jnp.zeros((batch, length, config.width), dtype) for _ in range(config.layers))
+        zeros = (jnp.zeros((batch, length, config.kv_width), dtype) for _ in range(config.layers))
         return tuple(constrain(x, "batch", "length", "heads") for x in zeros)
 
-    return Cache(one(), one(), jnp.zeros((), jnp.int32))
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, [b, t, d] -> [b, t, d]; with a layer's cache (keys, values, length) if given. With
-    `at` [b], of that token alone, [b, 1, d]."""
-
-    config: GPTConfig
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        attend: Attend,
-        cache: Any,
-        span: int | None,
-        train: bool,
-        at: jax.Array | None = None,
-    ) -> tuple:
-        c = self.config
-        d, n = c.width, c.heads
-        x_btd = x
-
-        def project(name: str, inputs: jax.Array, axes: tuple[str, str]) -> jax.Array:
-            kernel = self.param(f"{name}_kernel", partitioned(_normal, *axes), (d, d))
-            bias = self.param(f"{name}_bias", partitioned(_zeros, axes[1]), (d,))
-            return inputs @ kernel.astype(self.dtype) + bias.astype(self.dtype)
-
-        asks = x_btd if at is None else token_at(x_btd, at)
-        inputs = {"query": asks, "key": x_btd, "value": x_btd}
-        query, key, value = (project(name, inputs[name], ("width", "heads")) for name in inputs)
-        t = query.shape[1]
-        offset = 0 if at is None else at[:, None, None, None]
-        if cache is not None:
-            keys, values, offset = cache
-            keys = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), offset, axis=1)
-            values = jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), offset, axis=1)
-            cache = (keys, values)
-            key, value = (a[:, :span].astype(self.dtype) for a in (keys, values))
-        if cache is None and at is None and attend == "causal" and not (train and c.attention_dropout):
-            y_btd = attend_sequence(query, key, value, heads=n)
-            return project("out", y_btd, ("heads", "width")), cache
-        mask = attention_mask(attend, c.prefix, t, key.shape[1], offset)
-        if cache is not None and t == 1:
-            y_btd = attend_one(query[:, 0], key, value, mask[0], n)[:, None]
-        else:
-            drop = nn.Dropout(c.attention_dropout, deterministic=not train)
-            y_btd = attend_many(query, key, value, mask, heads=n, drop=drop)
-        return project("out", y_btd, ("heads", "width")), cache
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)) with exact GELU; with `at` [b], of that token alone."""
-
-    config: GPTConfig
-    dtype: Dtype
-    remat: str = ""
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        attend: Attend,
-        cache: Any,
-        span: int | None,
-        train: bool,
-        at: jax.Array | None = None,
-    ) -> tuple:
-        c = self.config
-        d, f = c.width, 4 * c.width
-        drop = nn.Dropout(c.residual_dropout, deterministic=not train)
-        x = constrain(x, "batch", "length", "activation")
-        attention = remat(Attention, "attention", self.remat, static_argnums=(2, 4, 5))
-        y, cache = attention(c, self.dtype, name="attention")(
-            layer_norm(self.dtype, "norm1")(x), attend, cache, span, train, at
-        )
-        x = (x if at is None else token_at(x, at)) + drop(y)
-        y = layer_norm(self.dtype, "norm2")(x)
-        up = self.param("mlp_up_kernel", partitioned(_normal, "width", "mlp"), (d, f))
-        up_bias = self.param("mlp_up_bias", partitioned(_zeros, "mlp"), (f,))
-        down = self.param("mlp_down_kernel", partitioned(_normal, "mlp", "width"), (f, d))
-        down_bias = self.param("mlp_down_bias", partitioned(_zeros, "width"), (d,))
-        y = nn.gelu(y @ up.astype(self.dtype) + up_bias.astype(self.dtype), approximate=False)
-        x = x + drop(contract(y, down.astype(self.dtype)) + down_bias.astype(self.dtype))
-        return constrain(x, "batch", "length", "activation"), cache
-
-
-def contract(x_btf: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[b, t, f] @ [f, d]. One row times a matrix that is taller than wide reads it on a CPU at 0.6 of the bandwidth, so
-    there it is done in four pieces, at 0.9."""
-    if x_btf.shape[:2] != (1, 1):
-        return x_btf @ kernel
-
-    def in_pieces(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        pieces = x.reshape(1, 1, 4, -1), kernel.reshape(4, -1, kernel.shape[1])
-        return jnp.einsum("btgf,gfd->gbtd", *pieces, preferred_element_type=jnp.float32).sum(0).astype(x.dtype)
-
-    return jax.lax.platform_dependent(
-        x_btf, kernel, tpu=jnp.matmul, cuda=jnp.matmul, rocm=jnp.matmul, default=in_pieces
-    )
-
-
-def token_at(x_btd: jax.Array, at: jax.Array) -> jax.Array:
-    """Of each row the token at its index: [b, t, d] and [b] to [b, 1, d]."""
-    return jnp.take_along_axis(x_btd, at[:, None, None], axis=1)
-
-
-_normal: Initializer = nn.initializers.normal(0.02)
-_zeros: Initializer = nn.initializers.zeros
-
-
-def partitioned(init: Initializer, *names: str | None) -> Initializer:
-    """The initialiser, with the logical axes of what it makes."""
-    return nn.with_logical_partitioning(init, names)
-
-
-def layer_norm(dtype: Dtype, name: str) -> nn.LayerNorm:
-    """PyTorch's LayerNorm: epsilon 1e-5, statistics in float32."""
-    return nn.LayerNorm(
-        epsilon=1e-5,
-        use_fast_variance=False,
-        dtype=dtype,
-        name=name,
-        scale_init=partitioned(nn.initializers.ones, "width"),
-        bias_init=partitioned(_zeros, "width"),
-    )
+    modulated = config.layers if config.adaln else 0
+    known = (jnp.zeros((batch, MODULATIONS * config.width), dtype) for _ in range(modulated))
+    return Cache(one(), one(), jnp.zeros((), jnp.int32), tuple(constrain(x, "batch", None) for x in known))
 
 
 class GPT(nn.Module):
@@ -200,33 +61,43 @@ class GPT(nn.Module):
         ids_bt: jax.Array,
         *,
         positions_bt: jax.Array,
+        targets_bt: jax.Array | None = None,
         attend: Attend = "causal",
         cache: Cache | None = None,
         span: int | None = None,
         last: int | None = None,
         at: jax.Array | None = None,
         train: bool = False,
+        grouped: bool = False,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the transformer.
 
         Args:
           ids_bt: tokens of the whole vocabulary, int32 [b, t].
-          positions_bt: their positions, int32 [b, t] (or [1, t]), below block_size.
+          positions_bt: their places, int32 [b, t] (or [1, t]): the condition's from 0, then those of the codes in the
+            model's order. Below block_size where they are learned, else below len(coordinates).
+          targets_bt: with target_positions, the place of the token that each one predicts; by default the next one.
           attend: who sees whom; "prefix" lets the first `config.prefix` tokens see each other.
           cache: keys and values of the tokens before; only without scan_layers.
-          span: static number of cache positions to attend over (all by default); must cover length + t.
+          span: static number of cache positions to attend over (all by default); must cover length + t. A span of t is
+            the first call of an empty cache, which with AdaLN must hold the whole condition.
           last: logits of the last so many tokens only (all by default).
           at: logits of the token at this (traced) index [b] of each row only; without scan_layers and cache.
           train: dropout on.
+          grouped: with head_bits, the logits of each group of bits instead of their sums: [b, t, groups, 2^head_bits].
+            The cross-entropy of a token is the sum of its groups' (their values: `bits.split_bits`), and needs no more.
 
         Returns:
           Logits float32 [b, t or last or 1, head_size], and the cache with these tokens in it (None without one).
         """
         c = self.config
-        table = self.param("token_embedding", partitioned(_normal, "vocab", "width"), (c.vocab_size, c.width))
-        places = self.param("position_embedding", partitioned(_zeros, "position", "width"), (c.block_size, c.width))
-        x = table.astype(self.dtype)[ids_bt] + places.astype(self.dtype)[positions_bt]
+        x = self._embed(ids_bt)
+        condition = x[:, : c.condition].mean(1) if c.adaln and self._begins(ids_bt, cache, span) else None
+        x = self._place(x, positions_bt, targets_bt)
         x = nn.Dropout(c.embed_dropout, deterministic=not train)(x)
+        rotation = rotation_at(c.coordinates, c.head_width, positions_bt) if c.coordinates else None
+        context = Context(rotation, condition)
+        rates = jnp.linspace(0, c.drop_path, c.layers) if train and c.drop_path else None
         if self.scan_layers:
             if cache is not None:
                 raise ValueError("a cache needs scan_layers=False: scanning layers copies the cache at every token")
@@ -237,31 +108,86 @@ class GPT(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(*(nn.broadcast,) * 6, nn.broadcast if rates is None else 0),
                 length=c.layers,
                 unroll=scan_unroll(c.layers),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, _ = stack(c, self.dtype, self.remat, name="blocks")(x, attend, None, None, train)
+            x, _ = stack(c, self.dtype, self.remat, name="blocks")(x, attend, None, None, train, None, context, rates)
         else:
-            keys, values = [], []
+            after = []
             for layer in range(c.layers):
-                past = None if cache is None else (cache.keys[layer], cache.values[layer], cache.length)
+                past = None
+                if cache is not None:
+                    known = cache.modulations[layer] if cache.modulations and condition is None else None
+                    past = (cache.keys[layer], cache.values[layer], cache.length, known)
                 # Of the last layer's tokens only those are computed that are asked for.
                 x, past = Block(c, self.dtype, name=f"block_{layer}")(
-                    x, attend, past, span, train, at if layer == c.layers - 1 else None
+                    x,
+                    attend,
+                    past,
+                    span,
+                    train,
+                    at if layer == c.layers - 1 else None,
+                    context,
+                    None if rates is None else rates[layer],
                 )
-                if past is not None:
-                    keys.append(past[0])
-                    values.append(past[1])
+                after.append(past)
             if cache is not None:
-                cache = Cache(tuple(keys), tuple(values), cache.length + ids_bt.shape[1])
+                keys, values, modulations = zip(*after, strict=True)
+                cache = Cache(keys, values, cache.length + ids_bt.shape[1], modulations if c.adaln else ())
         if last is not None:
             x = x[:, -last:]
-        x = layer_norm(self.dtype, "norm_out")(x)
-        head = self.param("head", partitioned(_normal, "width", "vocab"), (c.width, c.head_size))
+        return self._head(norm(c, self.dtype, "norm_out")(x), grouped), cache
+
+    def _begins(self, ids_bt: jax.Array, cache: Cache | None, span: int | None) -> bool:
+        """Whether these tokens begin with the condition: without a cache, or as the first of an empty one."""
+        t = ids_bt.shape[1]
+        begins = cache is None or t == (cache.keys[0].shape[1] if span is None else span)
+        if begins and cache is not None and t < self.config.condition:
+            raise ValueError(f"adaln: the first call has {t} tokens, the condition {self.config.condition}")
+        return begins
+
+    def _embed(self, ids_bt: jax.Array) -> jax.Array:
+        """[b, t] to [b, t, d]: a row of the table; of codes with head_bits the sum of a row a group."""
+        c = self.config
+        rows, codes = c.vocab_size, None
+        if c.head_bits:
+            codes = self.param(
+                "bits_embedding", partitioned(normal, "vocab", "width"), (c.bit_groups << c.head_bits, c.width)
+            )
+            rows -= c.head_size
+        if not rows:
+            return bits.embed_bits(codes.astype(self.dtype), ids_bt, c.bit_groups, c.head_bits)
+        table = self.param("token_embedding", partitioned(normal, "vocab", "width"), (rows, c.width))
+        if codes is None:
+            return table.astype(self.dtype)[ids_bt]
+        is_code = ids_bt < c.head_size
+        code = bits.embed_bits(codes.astype(self.dtype), jnp.where(is_code, ids_bt, 0), c.bit_groups, c.head_bits)
+        return jnp.where(is_code[..., None], code, table.astype(self.dtype)[jnp.maximum(ids_bt - c.head_size, 0)])
+
+    def _place(self, x: jax.Array, positions_bt: jax.Array, targets_bt: jax.Array | None) -> jax.Array:
+        """Adds what is learned of the tokens' places, and of the places that they predict."""
+        c = self.config
+        if not c.coordinates:
+            table = self.param("position_embedding", partitioned(zeros, "position", "width"), (c.block_size, c.width))
+            x = x + table.astype(self.dtype)[positions_bt]
+        if c.target_positions:
+            table = self.param("target_embedding", partitioned(zeros, "position", "width"), (c.block_size, c.width))
+            targets_bt = positions_bt + 1 if targets_bt is None else targets_bt
+            x = x + table.astype(self.dtype)[targets_bt - 1]  # nothing predicts place 0
+        return x
+
+    def _head(self, x: jax.Array, grouped: bool) -> jax.Array:
+        """[b, t, d] to logits."""
+        c = self.config
+        outputs = c.bit_groups << c.head_bits if c.head_bits else c.head_size
+        head = self.param("head", partitioned(normal, "width", "vocab"), (c.width, outputs))
         logits = jnp.einsum("btd,dv->btv", x, head.astype(self.dtype), preferred_element_type=jnp.float32)
-        return logits, cache
+        if not c.head_bits:
+            return logits
+        logits = logits.reshape(*logits.shape[:2], c.bit_groups, -1)
+        return logits if grouped else bits.join_logits(logits)
 
 
 def split_layers(params: dict[str, Any], dtype: Dtype | None = None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,6 @@ from vqgan_jax.config import (
     differences,
     plain,
     resolve_steps,
-    suggest,
     to_dataclass,
     upgrade,
     upgrade_model,
@@ -35,6 +34,7 @@ from vqgan_jax.train.checkpoints import Checkpoints
 from vqgan_jax.train.loop import Schedule
 from vqgan_jax.train.metric_writer import MetricWriter, open_writer
 from vqgan_jax.train.optimizers import OptimizerConfig
+from vqgan_jax.train.partial import check_train_only, leaf_name, under, unknown_part
 from vqgan_jax.train.state import TrainState, Tree
 from vqgan_jax.watchdog import Watchdog
 
@@ -179,13 +179,14 @@ def make_record(config: ConfigDict, kind: str, **more: Any) -> dict[str, Any]:
 
 
 def open_checkpoints(config: ConfigDict, workdir: epath.Path) -> Checkpoints:
-    """The run's checkpoints, by `config.checkpoint`."""
-    return Checkpoints(workdir / CHECKPOINTS, **config.checkpoint)
+    """The run's checkpoints, by `config.checkpoint`; read-only for a replay: the run may be going on."""
+    return Checkpoints(workdir / CHECKPOINTS, **config.checkpoint, read_only=bool(config.replay))
 
 
 def open_logs(config: ConfigDict, workdir: epath.Path, start: "Start") -> MetricWriter:
     """The run's logs, cut back to where it starts."""
-    return open_writer(workdir, resume_step=start.step, hand_to_clu=config.hand_to_clu, wandb=config.wandb)
+    options = dict(hand_to_clu=config.hand_to_clu, wandb=config.wandb)
+    return open_writer(workdir, resume_step=start.step, owed=start.owed, **options)
 
 
 def check_same_model(config: ConfigDict, workdir: epath.Path) -> None:
@@ -198,6 +199,12 @@ def check_same_model(config: ConfigDict, workdir: epath.Path) -> None:
         raise UserError(
             f"--workdir={workdir}: holds another model: config.model.{'; '.join(found)}. Name another folder"
         )
+    trained = theirs.get("train_only", [])  # older runs trained everything
+    if trained != plain(config.train_only):
+        raise UserError(
+            f"config.train_only: the run in --workdir={workdir} trains {', '.join(trained) or 'everything'}, and its "
+            f"optimizer no more; start from it in another folder, with --config.init_from={workdir}"
+        )
 
 
 def open_watchdog(config: ConfigDict, workdir: epath.Path) -> Watchdog | None:
@@ -209,10 +216,12 @@ def open_watchdog(config: ConfigDict, workdir: epath.Path) -> Watchdog | None:
 
 
 class Start(NamedTuple):
-    """Where a run starts: completed steps, and the examples that they have seen, of whatever batch size they were."""
+    """Where a run starts: completed steps, and the examples that they have seen, of whatever batch size they were; and
+    whether the evaluation of that step is owed."""
 
     step: int
     examples: int
+    owed: bool = False
 
 
 def restore_or_init(
@@ -233,14 +242,26 @@ def restore_or_init(
     """
     key = jax.random.key(config.seed)
     abstract = parallel.abstract_sharded(init, mesh, key)
+    check_train_only(config.train_only, abstract)
     averaged = {name: tree for name, tree in abstract.params.items() if name != "discriminator"}
-    restored = checkpoints.restore(abstract.replace(ema=averaged if _had_ema(checkpoints, abstract) else {}))
+
+    def like(saved: Mapping[str, Any]) -> TrainState:
+        collections = abstract.collections
+        if "lecam" not in saved["collections"].get("discriminator", {}):  # of a version without
+            collections = _without_lecam(collections)
+        return abstract.replace(ema=averaged if jax.tree.leaves(saved.get("ema")) else {}, collections=collections)
+
+    restored = checkpoints.restore(like)
     if restored is not None:
         state, record = restored
         record = upgrade(record)
         if bool(state.ema) != bool(abstract.ema):  # the config has switched averaging on or off since
             state = state.replace(ema={name: jax.tree.map(jnp.copy, state.params[name]) for name in abstract.ema})
-        return state, Start(int(state.step), record["examples"])
+        if jax.tree.structure(state.collections) != jax.tree.structure(abstract.collections):
+            means = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract.collections["discriminator"]["lecam"])
+            judge = state.collections["discriminator"] | {"lecam": parallel.put_tree(means, mesh)}
+            state = state.replace(collections=state.collections | {"discriminator": judge})
+        return state, Start(step := int(state.step), record["examples"], checkpoints.owes(step))
     if config.init_exclude and not config.init_from:
         raise UserError("config.init_exclude: there is nothing to exclude from; set config.init_from")
     state = parallel.init_sharded(init, mesh, key)
@@ -249,10 +270,9 @@ def restore_or_init(
     return state, Start(0, 0)
 
 
-def _had_ema(checkpoints: Checkpoints, abstract: TrainState) -> bool:
-    """Whether the run that wrote the checkpoints averaged its parameters."""
-    recorded = checkpoints.directory.parent / "config.json"
-    return json.loads(recorded.read_text())["ema_decay"] > 0 if recorded.exists() else bool(abstract.ema)
+def _without_lecam(collections: Tree) -> Tree:
+    ours = {key: value for key, value in collections.get("discriminator", {}).items() if key != "lecam"}
+    return {name: ours if name == "discriminator" else tree for name, tree in collections.items()}
 
 
 def start_from(
@@ -260,7 +280,8 @@ def start_from(
 ) -> TrainState:
     """A fresh state with the networks of another run: {"params": {network: tree}, "collections": {network: tree}}.
 
-    Optimizers are always fresh, and EMA starts at the parameters. A network that `loaded` lacks stays fresh.
+    Optimizers are always fresh, and EMA starts at the parameters. A network that `loaded` lacks stays fresh, and so do
+    what LeCAM and spectral norms remember of a discriminator that was trained without.
 
     Args:
       state: fresh.
@@ -274,9 +295,10 @@ def start_from(
     """
     exclude = [str(prefix).strip("/") for prefix in exclude]
     pairs = {"params": (state.params, loaded["params"]), "collections": (state.collections, loaded["collections"])}
-    names = {_name(key, kind) for kind, trees in pairs.items() for tree in trees for key, _ in _leaves(tree)}
+    names = {leaf_name(key, kind) for kind, trees in pairs.items() for tree in trees for key, _ in _leaves(tree)}
     for prefix in exclude:
-        _check_exclusion(prefix, names, path)
+        if unknown := unknown_part(prefix, names):
+            raise UserError(f"config.init_exclude: '{unknown[0]}' is neither here nor in {path}{unknown[1]}")
 
     def take(kind: str) -> Tree:
         fresh, new = pairs[kind]
@@ -284,10 +306,12 @@ def start_from(
         ours = {key: x for key, x in _leaves({name: fresh[name] for name in fresh if name in pairs[kind][1]})}
         taken = {}
         for key in sorted(set(ours) | set(new), key=str):
-            name = _name(key, kind)
-            if any(_under(name, prefix) for prefix in exclude):
+            name = leaf_name(key, kind)
+            if any(under(name, prefix) for prefix in exclude):
                 continue
             shapes = [np.shape(tree[key]) if key in tree else None for tree in (new, ours)]
+            if kind == "collections" and name.startswith("discriminator/") and None in shapes:
+                continue
             if shapes[0] != shapes[1]:
                 there, here = ("is absent" if shape is None else f"has shape {shape}" for shape in shapes)
                 raise UserError(
@@ -304,25 +328,6 @@ def start_from(
 
 def _leaves(tree: Tree) -> list[tuple[tuple[Any, ...], Any]]:
     return jax.tree_util.tree_leaves_with_path(tree)
-
-
-def _name(key: tuple[Any, ...], kind: str) -> str:
-    """A leaf's name: "generator/decoder/conv_out/kernel". That of a statistic leaves its collection out, so that a
-    module's name covers its parameters and its statistics."""
-    return jax.tree_util.keystr(key if kind == "params" else key[:1] + key[2:], simple=True, separator="/")
-
-
-def _under(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(f"{prefix}/")
-
-
-def _check_exclusion(prefix: str, names: Iterable[str], path: str) -> None:
-    """Raises UserError unless `prefix` matches a name; it says what stands where the first unknown part of it does."""
-    parts, split = prefix.split("/"), [name.split("/") for name in names]
-    for depth in range(1, len(parts) + 1):
-        known = {"/".join(name[:depth]) for name in split if name[: depth - 1] == parts[: depth - 1]}
-        if (part := "/".join(parts[:depth])) not in known:
-            raise UserError(f"config.init_exclude: '{part}' is neither here nor in {path}{suggest(part, known)}")
 
 
 def jit_step(

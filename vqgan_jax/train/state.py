@@ -43,6 +43,7 @@ class TrainState:
     def stream(self, name: str) -> jax.Array:
         """The key of a named random stream at this step: a function of (root key, step, name) alone."""
         streams = ("quantizer", "dropout", "second_quantizer", "second_dropout", "corruption", "condition")
+        streams += ("augment", "second_augment", "permutation")
         return jax.random.fold_in(jax.random.fold_in(self.key, self.step), streams.index(name))
 
 
