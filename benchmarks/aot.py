@@ -1,4 +1,4 @@
-"""What the paper's transformers take of slices of TPUs, by `vqgan_jax.tools.aot`: a Markdown table.
+"""What the paper's transformers and the presets of 2026 take of slices of TPUs, by `tools.aot`: a Markdown table.
 
     python -m benchmarks.aot --models=307M,1.4B --slices=v5e:2x4,v5e:8x8,v5e:16x16
     python -m benchmarks.aot --models=307M,1.4B --slices=v5e:2x2,v5p:2x2x1,v6e:2x2 --what=sample
@@ -9,10 +9,9 @@ What was compiled once is found again at once.
 
 import argparse
 
-from configs import paper_transformer, paper_vqgan
+from benchmarks.machine import TRANSFORMERS, transformer
 from vqgan_jax.tools import aot
 
-MODELS = {"307M": "class_imagenet", "1.4B": "class_imagenet_big"}  # rows of configs/paper_transformer.py
 FSDP = 8
 NAMES = {
     "train": (
@@ -35,14 +34,12 @@ MORE = ("images/s", "MFU at most")
 
 def row(model: str, topology: str, what: str, images: int, remat: str) -> list[str]:
     """The cells of one line of the table."""
-    name = MODELS[model]
-    config = paper_transformer.get_config(name)
+    config, first = transformer(model)
     config.dtype, config.cache_codes, config.remat, config.mesh.fsdp = "bfloat16", True, remat, FSDP
-    first = paper_vqgan.get_config(paper_transformer.ROWS[name].first)
     devices = aot.topologies.devices_of(topology)
     config.batch_size = images * len(devices)
     host = images * sum(device.process_index == devices[0].process_index for device in devices)
-    found = aot.report(config, topology, what=what, stages=[first.model], batch=host)
+    found = aot.report(config, topology, what=what, stages=[first], batch=host)
     memory = [f"{found.get('taken_bytes', 0) / 2**30:.1f}", f"{found['memory_bytes'] / 2**30:.1f}"]
     if not found["fits"]:
         memory[0] = f"does not fit ({found['refused'] or memory[0]})"
@@ -60,7 +57,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.partition("\n")[0])
     words = lambda text: text.split(",")  # noqa: E731
-    parser.add_argument("--models", type=words, default=["307M"], help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--models", type=words, default=["307M"], help=f"of {', '.join(TRANSFORMERS)}")
     parser.add_argument("--slices", type=words, default=["v5e:2x4"])
     parser.add_argument("--what", default="train", choices=("train", "sample"))
     parser.add_argument("--images", type=int, default=16, help="a chip")

@@ -23,16 +23,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import common
+from configs import common, quantizers
 from vqgan_jax import parallel
-from vqgan_jax.config import to_dataclass
 from vqgan_jax.data import decoding, records, scenes, transforms
 from vqgan_jax.data.sources import open_source
-from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
 from vqgan_jax.tokenizer import Tokenizer
-from vqgan_jax.train import code_cache, setup, transformer_step, vqgan_step
-from vqgan_jax.train.optimizers import OptimizerConfig, make_optimizer, make_schedule
+from vqgan_jax.train import code_cache, setup
+from vqgan_jax.train.recipe import transformer_recipe, vqgan_recipe
 from vqgan_jax.transformer import ImageTransformer, TransformerConfig
 
 PICTURES, HEIGHT, WIDTH, BYTES = 64, 375, 500, 82_000
@@ -179,13 +177,11 @@ def vqgan_step_cost(folder: Path, seconds: float) -> Iterator[Row]:
     ae, batch = config.model.autoencoder, 2
     ae.stem, ae.channels, ae.multipliers = 4, 64, (1, 2, 4)  # small, so that a CPU can tell: the paper's hides far more
     config.model.discriminator.channels, config.loss.perceptual_weight = 16, 0.0
-    durations = {name: 0 for name in ("adversarial_start", "adversarial_ramp")}
-    objective = to_dataclass(vqgan_step.VQGANObjective, dict(config.loss) | durations, key="config.loss")
-    model = VQGAN(VQGANConfig.from_config(config.model))
-    tx = {name: adam() for name in ("generator", "discriminator")}
-    state = parallel.init_sharded(vqgan_step.make_init(model, tx, ema=True), one_device(), jax.random.key(0))
-    step = vqgan_step.make_step(model, objective, LPIPS(), tx, ema_decay=0.999, accumulation=1)
-    real, fixed = compare(step, state, {}, lambda: open_pictures(folder, batch=batch, threads=4), seconds)
+    config.loss.adversarial_start = config.loss.adversarial_ramp = "0"
+    config.steps, config.batch_size = "1000", batch
+    recipe = vqgan_recipe(config, VQGAN(VQGANConfig.from_config(config.model)), setup.Durations(config, 1000))
+    state = parallel.init_sharded(recipe.init, one_device(), jax.random.key(0))
+    real, fixed = compare(recipe.step, state, {}, lambda: open_pictures(folder, batch=batch, threads=4), seconds)
     yield cost_row(f"VQGAN step, 256 pixels, batch {batch}: JPEGs against one batch", real, fixed, 2)
 
 
@@ -202,25 +198,18 @@ def transformer_step_cost(folder: Path, seconds: float) -> Iterator[Row]:
         gpt.layers, gpt.heads, gpt.width, config.model.grid = layers, 4, width, (side, side)
         config.model.condition = ConfigDict(dict(name="class", classes=8))
         stage = common.vqgan_model()
-        stage.quantizer = common.vq(256, 256)
+        stage.quantizer = quantizers.vq(256, 256)
         first = Tokenizer(VQGAN(VQGANConfig.from_config(stage)))
         model = ImageTransformer(TransformerConfig.from_config(config.model), first)
-        data, tx = code_cache.open_codes(folder / name, model, {"first_stage": ""}), adam()
-        init = transformer_step.make_init(model, tx, ema=True)
-        state = parallel.init_sharded(init, one_device(), jax.random.key(0))
-        objective = transformer_step.TransformerObjective(1.0, 0.0)
-        step = transformer_step.make_step(model, objective, tx, ema_decay=0.999, accumulation=1)
+        data = code_cache.open_codes(folder / name, model, {"first_stage": ""})
+        recipe = transformer_recipe(config, model, setup.Durations(config, 1000))
+        state = parallel.init_sharded(recipe.init, one_device(), jax.random.key(0))
 
         def batches(config: ConfigDict = config, data: setup.Data = data) -> Any:
             return setup.training_batches(config, one_device(), data.train, data.train_transform, 0)
 
-        real, fixed = compare(step, state, {}, batches, seconds)
+        real, fixed = compare(recipe.step, state, {}, batches, seconds)
         yield cost_row(f"transformer step, {name}, batch {batch}: cached codes against one batch", real, fixed, 3)
-
-
-def adam() -> Any:
-    settings = OptimizerConfig(1e-4, False, 0.9, 0.95, 1e-8, 0.0, 0.0, "constant", 0, 0, 1.0)
-    return make_optimizer(settings, make_schedule(settings, 10**6, 1))
 
 
 def compare(

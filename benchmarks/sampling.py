@@ -1,4 +1,5 @@
-"""How close sampling comes to what memory allows: the paper's transformers, beside two baselines of ours.
+"""How close sampling comes to what memory allows: the paper's transformers and the presets of 2026, beside two
+baselines of ours.
 
     python -m benchmarks.sampling --models=307M --batches=1 --dtypes=float32        (a CPU: minutes)
     python -m benchmarks.sampling --models=307M,1.4B --batches=1,8,64 --dtypes=bfloat16 --guidance=1,2   (a GPU)
@@ -16,7 +17,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +27,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs import paper_transformer, paper_vqgan
+from benchmarks.machine import TRANSFORMERS, best, transformer
 from vqgan_jax.hlo import Module
+from vqgan_jax.models.blocks import MODULATIONS
 from vqgan_jax.models.gpt import GPT, cast_weights
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
 from vqgan_jax.sampling.decoder import decode, spans
@@ -38,19 +39,17 @@ from vqgan_jax.tools import topologies
 from vqgan_jax.train.setup import DTYPES
 from vqgan_jax.transformer import ImageTransformer, TransformerConfig
 
-MODELS = {"307M": "class_imagenet", "1.4B": "class_imagenet_big"}  # rows of configs/paper_transformer.py
 UNCACHED_LENGTHS = (1, 64, 128, 256)
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}  # slices of one host
 
 
 def build(name: str, dtype: Any, smoke: bool = False) -> ImageTransformer:
-    """A transformer of the paper that can be guided, or one of its shape that is small."""
-    row = MODELS[name]
-    config = paper_transformer.get_config(row).model
+    """One of TRANSFORMERS that can be guided, or one of its shape that is small."""
+    run, stage = transformer(name)
+    config = run.model
     config.condition_dropout = 0.1
     if smoke:
         config.transformer.layers, config.transformer.heads, config.transformer.width = 2, 4, 64
-    stage = paper_vqgan.get_config(paper_transformer.ROWS[row].first).model
     tokenizer = Tokenizer(VQGAN(VQGANConfig.from_config(stage, key="model")))
     return ImageTransformer(TransformerConfig.from_config(config), tokenizer, dtype=dtype)
 
@@ -67,7 +66,7 @@ class Counted:
     """Bytes of the mean token step."""
 
     weights: int
-    cache: float  # read: the filled part, the token itself included; and the token's own row written
+    cache: float  # read: the filled part, the token itself included, and AdaLN's vectors; and the token's row written
 
     @property
     def total(self) -> float:
@@ -78,14 +77,17 @@ def count(model: ImageTransformer, params: Any, sequences: int, attended: float 
     """What a token step must move for `sequences` rows (guided: twice the images); `attended` positions, by default the
     mean over an image of those that are filled."""
     c, size = model.gpt, jnp.dtype(model.dtype).itemsize
-    tables = {"token_embedding", "position_embedding"}  # of these a row a token
+    once = ("_embedding", "modulation_kernel", "modulation_bias")  # of these a row a token, or once a picture
     weights = sum(
-        x.size * x.dtype.itemsize for name in params if name not in tables for x in jax.tree.leaves(params[name])
+        x.size * x.dtype.itemsize
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+        if not jax.tree_util.keystr(path, simple=True, separator="/").endswith(once)
     )
     length = len(model.order)
     start = model.condition.length
     attended = start + (length - 1) / 2 if attended is None else attended
-    return Counted(weights, sequences * 2 * c.layers * c.width * size * (attended + 1))
+    kept = 2 * c.kv_width * (attended + 1) + c.adaln * MODULATIONS * c.width  # of each layer
+    return Counted(weights, sequences * c.layers * kept * size)
 
 
 def bandwidth() -> float:
@@ -93,17 +95,6 @@ def bandwidth() -> float:
     size = 2**28 if jax.default_backend() == "cpu" else 2**30  # floats
     x = jnp.ones((size // 1024, 1024), jnp.float32)
     return 4 * size / best(jax.jit(jnp.sum), x, repeats=7)
-
-
-def best(run: Callable[..., Any], *args: Any, repeats: int) -> float:
-    """Seconds of the fastest of several runs, after one that compiles."""
-    jax.block_until_ready(run(*args))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run(*args))
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def sampler(model: ImageTransformer, buckets: int | None) -> Callable[..., jax.Array]:
@@ -219,7 +210,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__.partition("\n")[0])
     words = lambda text: text.split(",")  # noqa: E731
-    parser.add_argument("--models", type=words, default=["307M"], help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--models", type=words, default=["307M"], help=f"of {', '.join(TRANSFORMERS)}")
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1])
     parser.add_argument("--dtypes", type=words, default=["float32"], help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--guidance", type=lambda text: [float(n) for n in text.split(",")], default=[1.0])

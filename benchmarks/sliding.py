@@ -27,7 +27,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.sampling import best, initial, row
+from benchmarks.machine import matmul_rate
+from benchmarks.sampling import initial, row
 from configs import paper_transformer, paper_vqgan
 from vqgan_jax import cli, parallel
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
@@ -75,13 +76,6 @@ def flops(model: ImageTransformer, grid: tuple[int, int], stride: int) -> float:
         drawn = (h - first) * (w - column)
         total += len(windows) * (window(np.asarray(known + h * w - 1)) + (drawn - 1) * 2 * d * c.head_size)
     return total
-
-
-def matmul_rate(dtype: Any) -> float:
-    """Operations a second of a large matrix product."""
-    n = 1024 if jax.default_backend() == "cpu" else 8192
-    x = jnp.ones((n, n), dtype)
-    return 2 * n**3 / best(jax.jit(lambda x: x @ x), x, repeats=7)
 
 
 def seconds(
@@ -134,7 +128,7 @@ def main() -> None:
         cli.spread_cpu()
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
     for name, dtype in itertools.product(args.models, args.dtypes):
-        rate = matmul_rate(DTYPES[dtype]) * (1 if jax.default_backend() == "cpu" else jax.device_count())
+        rate = matmul_rate(DTYPES[dtype])[0] * (1 if jax.default_backend() == "cpu" else jax.device_count())
         print(f"{device}; {name} in {dtype}; a matrix product runs {rate / 1e9:.0f} GFLOP/s\n")
         names = ("s an image", "images/min", "times serial", "TFLOP an image", "of a matmul", "parts run")
         row("width x height", "batch", "way", *names)

@@ -25,13 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from benchmarks.machine import best, matmul_rate
 from configs import paper_transformer, paper_vqgan
 from vqgan_jax import parallel
-from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
 from vqgan_jax.tokenizer import Tokenizer
 from vqgan_jax.train import roofline, setup
-from vqgan_jax.train.recipe import Recipe, transformer_recipe, uses_lpips, vqgan_recipe
+from vqgan_jax.train.recipe import Recipe, frozen_networks, transformer_recipe, vqgan_recipe
 from vqgan_jax.transformer import ImageTransformer, TransformerConfig
 
 EXAMPLES = 1_281_167  # of ImageNet, for durations
@@ -67,8 +67,7 @@ def vqgan_job(config: ConfigDict, name: str, small: bool) -> Job:
     batch = {model.config.input_key: rng.uniform(-1, 1, (config.batch_size, size, size, channels)).astype(np.float32)}
     if model.config.input_key == "segmentation":
         batch = {"segmentation": rng.integers(0, channels, (config.batch_size, size, size)).astype(np.int32)}
-    x = jnp.zeros((1, 64, 64, 3))
-    frozen = {"lpips": jax.jit(LPIPS().init)(jax.random.key(0), x, x)} if uses_lpips(config) else {}
+    frozen = {name: jax.jit(init)(jax.random.key(0)) for name, init in frozen_networks(config).items()}
     durations = setup.Durations(config, EXAMPLES)
     return Job(lambda remat: vqgan_recipe(config, model.clone(remat=remat), durations), batch, frozen, 0)
 
@@ -125,20 +124,7 @@ def peak_flops(dtype: str) -> tuple[float, str]:
     chip = roofline.chip_of(jax.devices()[0].device_kind)
     if chip:
         return chip.peak_flops, f"the peak of {chip.name}"
-    n = 2048
-    x = jnp.ones((n, n), dtype)
-    return 2 * n**3 / best(jax.jit(jnp.dot), x, x, repeats=5), f"a product of {n} x {n} matrices"
-
-
-def best(run: Callable[..., Any], *args: Any, repeats: int) -> float:
-    """Seconds of the fastest of several runs, after one that compiles."""
-    jax.block_until_ready(run(*args))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run(*args))
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return matmul_rate(dtype)
 
 
 def convolution_seconds(jaxpr: Any, repeats: int) -> tuple[float, int]:

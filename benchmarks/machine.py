@@ -1,0 +1,40 @@
+"""What the machine itself gives, beside which the benchmarks put their figures, and the models that several run."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from configs import modern_transformer, modern_vqgan, paper_transformer, paper_vqgan
+
+_PAPER = {"307M": "class_imagenet", "1.4B": "class_imagenet_big"}  # rows of configs/paper_transformer.py
+TRANSFORMERS = (*_PAPER, *modern_transformer.SIZES)
+
+
+def transformer(name: str) -> tuple[ConfigDict, ConfigDict]:
+    """Of TRANSFORMERS, the config of the run and `config.model` of its first stage."""
+    if name in _PAPER:
+        row = _PAPER[name]
+        return paper_transformer.get_config(row), paper_vqgan.get_config(paper_transformer.ROWS[row].first).model
+    return modern_transformer.get_config(name), modern_vqgan.get_config().model
+
+
+def best(run: Callable[..., Any], *args: Any, repeats: int) -> float:
+    """Seconds of the fastest of several runs, after one that compiles."""
+    jax.block_until_ready(run(*args))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*args))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def matmul_rate(dtype: Any) -> tuple[float, str]:
+    """Operations a second of a large matrix product on one device, and what is multiplied."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    x = jnp.ones((n, n), dtype)
+    return 2 * n**3 / best(jax.jit(jnp.dot), x, x, repeats=7), f"a product of {n} x {n} matrices"
