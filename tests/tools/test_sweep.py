@@ -410,7 +410,7 @@ def test_a_task_of_an_array_runs_its_stage(tmp_path, monkeypatch, capsys):
     folder = sweep.Folder(str(root))
     plan = Plan((Trial("t", {}, ("first", "second")),), {s.name: s for s in stages})
     folder.write_plan(plan)
-    monkeypatch.setenv(platforms.TASK, "1")
+    monkeypatch.setenv(sweep_folder.TASK, "1")
     assert sweep.main([f"--out={root}", "--run"]) == 2 and "needs first" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_JOB_ID", "9")
     monkeypatch.setenv("SLURM_PROCID", "1")
@@ -444,7 +444,7 @@ def test_an_array_counts_the_stages_that_it_was_submitted_with(tmp_path, monkeyp
     folder = sweep.Folder(str(root))
     submitted = folder.submit_plan(plan)
     folder.write_plan(dataclasses.replace(plan, stages={s.name: s for s in reversed(stages)}))
-    monkeypatch.setenv(platforms.TASK, "0")
+    monkeypatch.setenv(sweep_folder.TASK, "0")
     held_by(folder, stages[0], os.getppid())
     for process in ("0", "1"):
         monkeypatch.setenv("SLURM_PROCID", process)

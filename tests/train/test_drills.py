@@ -118,7 +118,7 @@ def test_a_flipped_byte_in_any_file_of_a_checkpoint_is_named_and_the_one_before_
 def test_a_run_whose_newest_checkpoint_has_a_flipped_byte_ends_as_one_left_alone(tmp_path, whole, share):
     run(tmp_path / "stopped", total=12)
     newest = tmp_path / "stopped" / "checkpoints" / "12"
-    names = [p.relative_to(newest) for p in storage.files(newest) if p.stat().st_size]
+    names = [p.relative_to(newest) for p in storage.files(newest) if p.stat().length]
     for k, name in enumerate(names[:: round(1 / share)]):
         shutil.copytree(tmp_path / "stopped", tmp_path / str(k))
         flip(tmp_path / str(k) / "checkpoints" / "12" / name)

@@ -13,7 +13,6 @@ from vqgan_jax.tools.sweep_folder import Folder
 from vqgan_jax.tools.trials import ROOT, Plan, Stage
 
 SCRIPT = "launch/sweep.py"
-TASK = "SLURM_ARRAY_TASK_ID"
 LOGS = "logs"  # in the sweep's folder
 # How each platform is asked for one command, and the python of that command.
 LAUNCHERS: Mapping[str, tuple[tuple[str, ...], str]] = {

@@ -24,8 +24,8 @@ from vqgan_jax import cli, storage
 from vqgan_jax.config import UserError, choose
 from vqgan_jax.exit_codes import PREEMPTED
 from vqgan_jax.tools import platforms, report, tables
-from vqgan_jax.tools.platforms import LAUNCHERS, SCRIPT, TASK, Started
-from vqgan_jax.tools.sweep_folder import LEFT, PLAN, RUNS, Folder, Holder
+from vqgan_jax.tools.platforms import LAUNCHERS, SCRIPT, Started
+from vqgan_jax.tools.sweep_folder import LEFT, PLAN, RUNS, TASK, Folder, Holder
 from vqgan_jax.tools.trials import ROOT, Plan, Stage, check_unchanged, make_plan
 from vqgan_jax.train.metric_writer import JSON_LINES
 

@@ -22,6 +22,7 @@ from vqgan_jax.config import UserError
 from vqgan_jax.tools.trials import Plan, Stage
 
 PLAN, SUBMITTED, DONE, RUNNING = "sweep.json", "submitted", "done", "running"  # in the folder
+TASK = "SLURM_ARRAY_TASK_ID"  # which task of an array of Slurm this process is in
 RUNS, LEFT, GONE = "runs", "left", "gone"  # what a holder's processes do
 Process = tuple[int, str]  # its number and when it started, for numbers are given anew
 
@@ -44,7 +45,8 @@ class Holder:
     def here(cls, command: int | None = None, *, as_job: bool = False) -> "Holder":
         """This process, or the job that it is in, with what it has started."""
         now = datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds").removesuffix("+00:00")
-        job = os.environ.get("SLURM_JOB_ID", "")
+        array = os.environ.get("SLURM_ARRAY_JOB_ID")  # the id of one of its tasks is that of the whole array
+        job = f"{array}_{os.environ[TASK]}" if array else os.environ.get("SLURM_JOB_ID", "")
         started = None if command is None else (command, _start_of(command))
         runner = (os.getpid(), _start_of(os.getpid()))
         return cls(socket.gethostname(), job, as_job and job != "", runner, started, f"{now} UTC")
