@@ -365,8 +365,9 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     pieces = {"tokenizer": names_of(args.pieces, PIECES["tokenizer"], "--pieces")}
     pieces["transformer"] = names_of(args.transformer_pieces, PIECES["transformer"], "--transformer_pieces")
     choose("--tokenizer", args.tokenizer, PIECES["tokenizer"])
-    steps = [int(x) for x in args.steps.split(",")] if args.steps else []
-    if len(steps) not in (0, 2) or any(x < 1 for x in steps):
+    words = args.steps.split(",") if args.steps else []
+    steps = [int(x) for x in words if x.isdecimal()]
+    if len(words) not in (0, 2) or len(steps) != len(words) or 0 in steps:
         raise UserError("--steps: are those of both stages, such as 400,500")
     out = cli.check_workdir(args.out, "--out")
     speedrun = Speedrun(args.data, Path(out), form=args.form, budget=args.budget, steps=steps, lpips=args.lpips)
@@ -407,12 +408,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--record", action="store_true", help=f"add the lines of --recipes to {RESULTS.name}")
     args = parser.parse_args(argv)
     cli.spread_cpu()
-    try:
-        run(args, sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.exit_code(lambda: run(args, sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -323,7 +323,7 @@ def shrink_vqgan(config: ConfigDict) -> ConfigDict:
         quantizer.group_bits = min(quantizer.group_bits, quantizer.bits)
     else:
         quantizer.codebook_size, quantizer.dim = min(quantizer.codebook_size, 64), min(quantizer.dim, 16)
-    ae.z_channels = quantizer.get("dim", 16)
+    ae.z_channels = quantizer.dim if "dim" in quantizer else 16
     if "input_dim" in quantizer:
         quantizer.input_dim = quantizer.dim
     if model.discriminator.name == "dino":  # which looks through weights

@@ -65,7 +65,8 @@ def condition(config: ConfigDict) -> None:
     config.steps = {"segmentation": "600", "low_res": "600", "keypoints": "2000"}.get(key, "1200")
     config.eval_every, config.save_every, config.images_every, config.eval_examples = "50%", "50%", "50%", 128
     config.model.autoencoder.channels = 32
-    if key in ("edges", "keypoints"):  # thin on black: more ways that a patch can look
+    if key in ("edges", "keypoints") and "codebook_size" in config.model.quantizer:
+        # Thin on black: more ways that a patch can look.
         config.model.quantizer.codebook_size = 1024
     # Where hardly a pixel is wrong, the commitment would weigh more than what it is for.
     config.loss.pixel_weight = {"depth": 10.0, "keypoints": 100.0}.get(key, 1.0)

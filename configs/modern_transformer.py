@@ -62,7 +62,6 @@ class Size:
     guidance: float  # this and the next two: RAR's of its own model of about this size
     power: float
     temperature: float = 1.02
-    remat: str = ""
     fsdp: int = 1
 
 
@@ -97,7 +96,7 @@ def imagenet(size: Size) -> ConfigDict:
     """The full-size run: RAR's, on codes that are cached."""
     config = common.transformer()
     config.steps, config.batch_size, config.dtype = "400 epochs", 2048, "bfloat16"
-    config.remat, config.mesh.fsdp, config.ema_decay = size.remat, size.fsdp, 0.0
+    config.mesh.fsdp, config.ema_decay = size.fsdp, 0.0
     config.eval_every, config.save_every, config.images_every, config.eval_examples = "1%", "1%", "2%", 10_000
     config.fid_every, config.fid_samples = "5%", 10_000
     config.data = common.data("imagenet")

@@ -220,6 +220,7 @@ def test_plain_and_upgrade():
     added = {"condition_dropout": 0.0, "transformer": {**GPT2, "layers": 2}}
     assert new["config"]["model"] == {**old["config"]["model"], **added}
     assert new["format_version"] == FORMAT_VERSION and old["format_version"] == 1 and upgrade(new) == new
+    assert new["config"]["train_only"] == []
     assert (
         "condition_dropout"
         not in upgrade({"format_version": 1, "config": {"model": {"quantizer": {}}}})["config"]["model"]
@@ -227,7 +228,7 @@ def test_plain_and_upgrade():
     quantizer = {"name": "vq", "codebook_size": 8}
     newer = upgrade({"format_version": 2, "config": {"model": {"quantizer": quantizer}}})["config"]["model"]
     assert newer["quantizer"] == quantizer | {"normalize": False, "start": "uniform"}
-    old = {"format_version": FORMAT_VERSION, "step": 6, "config": {"batch_size": 4, "model": {}}}
+    old = {"format_version": FORMAT_VERSION, "step": 6, "config": {"batch_size": 4, "model": {}, "train_only": ["x"]}}
     assert upgrade(old) == old | {"examples": 24}
     assert upgrade(old | {"examples": 20})["examples"] == 20
     old = {"format_version": 1, "config": {"model": {}, "data": {"source": "folder", "crop": "center"}}}

@@ -180,7 +180,7 @@ def upgrade(record: dict[str, Any]) -> dict[str, Any]:
 
 def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The plain config of any version as this one has it, as far as its model and its data go."""
-    newer = {"model": upgrade_model(config["model"])}
+    newer = {"model": upgrade_model(config["model"]), "train_only": config.get("train_only", [])}  # older: everything
     if "data" in config:  # what version 2 added, as if it had been said
         folders = {"name": "", "images": "images", "masks": "", "depths": "", "segments": 0, "classes": ""}
         later = {"min_objects": 1, "min_box_area": 0.0, "resize_to": 0, "low_res_factor": 8}

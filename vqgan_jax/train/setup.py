@@ -23,7 +23,7 @@ from vqgan_jax.config import (
     resolve_steps,
     to_dataclass,
     upgrade,
-    upgrade_model,
+    upgrade_config,
 )
 from vqgan_jax.data.pipeline import Evaluation, evaluation, pipeline
 from vqgan_jax.data.prefetch import DevicePrefetch, prefetch_to_device
@@ -194,12 +194,12 @@ def check_same_model(config: ConfigDict, workdir: epath.Path) -> None:
     recorded = workdir / "config.json"
     if not recorded.exists() or not any((workdir / CHECKPOINTS).glob("[0-9]*")):
         return
-    theirs = json.loads(recorded.read_text())
-    if found := differences(plain(config.model), upgrade_model(theirs["model"])):
+    theirs = upgrade_config(json.loads(recorded.read_text()))
+    if found := differences(plain(config.model), theirs["model"]):
         raise UserError(
             f"--workdir={workdir}: holds another model: config.model.{'; '.join(found)}. Name another folder"
         )
-    trained = theirs.get("train_only", [])  # older runs trained everything
+    trained = theirs["train_only"]
     if trained != plain(config.train_only):
         raise UserError(
             f"config.train_only: the run in --workdir={workdir} trains {', '.join(trained) or 'everything'}, and its "
