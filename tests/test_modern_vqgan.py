@@ -28,13 +28,14 @@ def teraflops(config) -> float:
     return roofline.count_flops(roofline.trace_plain(recipe.step, state, batch, frozen)) / 1e12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arg", "networks", "name"),
     [
         pytest.param("", {"resnet50"}, "(train/roofline.py):", id="default"),
-        pytest.param("perceptual=lpips", {"lpips"}, "lpips", marks=pytest.mark.slow),
-        pytest.param("discriminator=dino", {"resnet50", "dino"}, "dino", marks=pytest.mark.slow),
-        pytest.param("blocks=4,perturb", {"resnet50"}, "blocks=4", marks=pytest.mark.slow),
+        ("perceptual=lpips", {"lpips"}, "lpips"),
+        ("discriminator=dino", {"resnet50", "dino"}, "dino"),
+        ("blocks=4,perturb", {"resnet50"}, "blocks=4"),
     ],
 )
 def test_each_form_costs_what_the_docstring_says(arg, networks, name):
@@ -86,7 +87,14 @@ def test_an_argument_of_the_other_size_is_an_error(arg):
         modern_vqgan.get_config(arg)
 
 
-@pytest.mark.parametrize("arg", ["runlocal", "perturb,blocks=1,runlocal", "discriminator=dino,runlocal"])
+@pytest.mark.parametrize(
+    "arg",
+    [
+        "runlocal",
+        pytest.param("perturb,blocks=1,runlocal", marks=pytest.mark.slow),
+        pytest.param("discriminator=dino,runlocal", marks=pytest.mark.slow),
+    ],
+)
 def test_runlocal_is_small_and_asks_for_nothing(arg):
     config = modern_vqgan.get_config(arg)
     assert not frozen_networks(config) and config.data.source == "scenes" and config.steps == "2"

@@ -125,6 +125,7 @@ def test_random_orders_need_to_know_what_comes_next():
         transformer_recipe(config, modern()[0], Durations(config, 32))
 
 
+@pytest.mark.slow
 def test_groups_of_bits_cost_what_their_sums_cost():
     model, params = random_transformer(grid=(4, 4), head_bits=3)
     grouped = jax.jit(functools.partial(model.logits, grouped=True))(params, CONDITION, CODES)
