@@ -51,7 +51,8 @@ def test_only_the_decoder_and_its_judge_move():
         old, new = named(getattr(before, kind), names), named(getattr(after, kind), names)
         for name, x in new.items():
             same = np.array_equal(x, old[name])
-            assert same != partial.trains(name, DECODER), (kind, name)
+            moves = partial.trains(name, DECODER) and not name.startswith("discriminator/logits/")  # LeCAM is off
+            assert same != moves, (kind, name)
     assert {"generator/quantizer/codes", "generator/encoder/conv_in/kernel"} <= {
         *named(before.collections, "collections"),
         *named(before.params),
