@@ -141,8 +141,12 @@ def test_the_second_sigint_interrupts(tmp_path):
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(0.2)  # two that are pending at once are one
 
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, hook=twice)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, hook=twice)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_sigterm_to_a_process(tmp_path, whole):
