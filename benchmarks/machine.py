@@ -1,7 +1,10 @@
 """What the machine itself gives, beside which the benchmarks put their figures, and the models that several run."""
 
+import contextlib
+import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,3 +41,14 @@ def matmul_rate(dtype: Any) -> tuple[float, str]:
     n = 2048 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((n, n), dtype)
     return 2 * n**3 / best(jax.jit(jnp.dot), x, x, repeats=7), f"a product of {n} x {n} matrices"
+
+
+def machine() -> str:
+    """What computed, to read."""
+    device = jax.devices()[0]
+    name = device.device_kind
+    with contextlib.suppress(OSError):
+        if device.platform == "cpu":
+            models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+            name = f"{models[0].partition(': ')[2]}, {len(models)} cores" if models else platform.machine()
+    return f"{name}, jax {jax.__version__}"

@@ -19,13 +19,10 @@ command goes on. FLOPs are those of matrix products and convolutions (vqgan_jax/
 """
 
 import argparse
-import contextlib
 import datetime
 import functools
 import gc
-import hashlib
 import json
-import platform
 import shlex
 import statistics
 import sys
@@ -39,6 +36,7 @@ from ml_collections import ConfigDict
 
 import train_transformer
 import train_vqgan
+from benchmarks.machine import machine
 from benchmarks.speedrun_recipes import FORMS, PIECES, SCENES_SHARE, Piece, find
 from benchmarks.speedrun_table import COLUMNS, RESULTS, STAGE_COLUMNS, line_of, record, table
 from configs import speedrun_transformer, speedrun_vqgan
@@ -308,8 +306,7 @@ class Speedrun:
 
 def digest(data: Any) -> str:
     """A short name of plain data."""
-    text = json.dumps(data, sort_keys=True, default=list)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return storage.digest(data)[:12]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -327,17 +324,6 @@ def speed(folder: Path) -> dict[str, float]:
     rows = [json.loads(line) for line in (folder / JSON_LINES).read_text().splitlines()]
     seconds = [row["step_seconds"] for row in rows if "step_seconds" in row]
     return {"ms": 1e3 * statistics.median(seconds) if seconds else float("nan")}
-
-
-def machine() -> str:
-    """What computed, to read."""
-    device = jax.devices()[0]
-    name = device.device_kind
-    with contextlib.suppress(OSError):
-        if device.platform == "cpu":
-            models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
-            name = f"{models[0].partition(': ')[2]}, {len(models)} cores" if models else platform.machine()
-    return f"{name}, jax {jax.__version__}"
 
 
 def shown_command(argv: Sequence[str]) -> str:

@@ -67,7 +67,9 @@ def z_loss(logits: jax.Array) -> jax.Array:
     return over_groups(jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1), jnp.sum) ** 2
 
 
-def condition_contrast(gain: jax.Array, wrong_gain: jax.Array, same: jax.Array, weight: float, beta: float):
+def condition_contrast(
+    gain: jax.Array, wrong_gain: jax.Array, same: jax.Array, weight: float, beta: float
+) -> jax.Array:
     """Condition contrastive alignment (CCA, arXiv 2410.09347) as its code scales it, a scalar.
 
     Args:

@@ -277,6 +277,11 @@ def fetched(source: str | os.PathLike) -> Iterator[Path]:
         yield local
 
 
+def digest(value: Any) -> str:
+    """SHA-256 of plain data, as JSON whose keys are sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def sha256(source: str | os.PathLike) -> str:
     """The hexadecimal SHA-256 of a file. Raises OSError where it cannot be read."""
     with path(source).open("rb") as file:

@@ -6,6 +6,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from vqgan_jax.models.quantizers.contract import distances
+
 
 @dataclasses.dataclass(frozen=True)
 class Perturbation:
@@ -42,10 +44,8 @@ def perturbed(
     """
     level, (b, q) = perturbation.level(step), (ids.shape[0], codebook.shape[0])
     key_pictures, key_codes, key_rank = jax.random.split(key, 3)
-    codebook = jax.lax.stop_gradient(codebook).astype(jnp.float32)
-    dots = jnp.einsum("...e,qe->...q", codebook[ids], codebook, precision=jax.lax.Precision.HIGHEST)
-    closeness = 2 * dots - jnp.sum(codebook**2, axis=1)
-    closeness = jnp.where(ids[..., None] == jnp.arange(q), -jnp.inf, closeness)
+    codebook = jax.lax.stop_gradient(codebook)
+    closeness = jnp.where(ids[..., None] == jnp.arange(q), -jnp.inf, -distances(codebook[ids], codebook))
     _, neighbours = jax.lax.top_k(closeness, min(perturbation.nearest, q - 1))
     count = jnp.maximum(neighbours.shape[-1] * level, 1).astype(jnp.int32)
     rank = jax.random.randint(key_rank, (*ids.shape, 1), 0, count)

@@ -4,7 +4,6 @@ Rows that are done stay done: a row's key is the digest of all that defines it, 
 """
 
 import csv
-import hashlib
 import io
 import itertools
 import json
@@ -128,7 +127,7 @@ def digest(value: Any) -> str:
     if isinstance(value, Mapping) and isinstance(value.get("definition"), Mapping):
         kept = {k: v for k, v in value["definition"].items() if k not in ("versions", "devices")}
         value = {**value, "definition": kept}
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return storage.digest(value)
 
 
 def _finished(out: epath.Path) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,6 @@ one folder, on one machine or several, never run a stage both.
 
 import dataclasses
 import datetime
-import hashlib
 import json
 import os
 import shlex
@@ -100,8 +99,7 @@ class Folder:
 
     def name_of(self, plan: Plan) -> str:
         """Where `submit_plan` keeps a plan, in the folder."""
-        text = json.dumps(plan.to_json(), sort_keys=True)
-        return f"{SUBMITTED}/{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+        return f"{SUBMITTED}/{storage.digest(plan.to_json())[:12]}.json"
 
     def read_plan(self, name: str = PLAN) -> Plan:
         """The sweep's plan, or the one that `submit_plan` named. Raises UserError where there is none."""

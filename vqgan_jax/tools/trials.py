@@ -7,9 +7,7 @@ A config file that is swept defines `sweep()` or `sweep_NAME()`, which yield dic
 
 import ast
 import dataclasses
-import hashlib
 import importlib.util
-import json
 import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vqgan_jax import storage
 from vqgan_jax.config import UserError, plain, suggest
 from vqgan_jax.tools.steps import ROOT
 
@@ -255,7 +254,7 @@ def _command(
     if at is None:
         words += [f"--{key}={_escaped(value)}" for key, value in overrides.items()]
         definition: Any = [word.format_map(defined) for word in words]
-        return words, _digest(definition)
+        return words, storage.digest(definition)
     overrides = dict(overrides)
     if argument := overrides.pop(ARGUMENT, ""):
         words[at] += ("," if ":" in words[at] else ":") + _escaped(argument)
@@ -271,7 +270,7 @@ def _command(
         _override(config, key, value, f"{kind}.{key}")
         words.append(f"{prefix}{key}={_escaped(value)}")
     others = [word.format_map(defined) for word in words if not word.startswith((prefix, "--config="))]
-    return words, _digest([others, plain(config)])
+    return words, storage.digest([others, plain(config)])
 
 
 def _override(config: ConfigDict, key: str, value: Any, named: str) -> None:
@@ -302,10 +301,6 @@ def _escaped(value: Any) -> str:
     return str(value).replace("{", "{{").replace("}", "}}")
 
 
-def _digest(definition: Any) -> str:
-    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
-
-
 def _labels(trials: Sequence[Overrides]) -> dict[str, str]:
     """What each key is called in names: its last part, where that says which key or all such keys go together."""
     keys = dict.fromkeys(key for trial in trials for key in trial)
@@ -334,7 +329,7 @@ def _job(kind: str, digest: str, out: str) -> str:
     share a cluster, and hold the same stages."""
     start = re.sub("[^a-z0-9]+", "-", kind.lower()).strip("-")[:24].strip("-")
     start = start if start[:1].isalpha() else f"stage-{start}".strip("-")
-    return f"{start}-{_digest([digest, out])[:8]}"
+    return f"{start}-{storage.digest([digest, out])[:8]}"
 
 
 def _safe(title: str) -> str:

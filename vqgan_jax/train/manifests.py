@@ -3,7 +3,6 @@
 WORKDIR/checkpoints/STEP/manifest.json is written last. A folder without one is a save that was cut short.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -68,7 +67,7 @@ def sign(folder: epath.Path, manifest: dict[str, Any]) -> None:
 def _digest(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of what a manifest says, for it vouches for all files but itself."""
     said = {name: value for name, value in manifest.items() if name != _OWN}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return storage.digest(said)
 
 
 def fault(folder: epath.Path) -> str:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from vqgan_jax.models.discriminators.spectral import make_conv
+from vqgan_jax.models.discriminators.spectral import make_same_conv
 from vqgan_jax.models.layers import GROUPS, Conv, GroupNorm
 
 BLUR = (1 / 8, 3 / 8, 3 / 8, 1 / 8)  # as published; its outer product is the kernel
@@ -56,8 +56,7 @@ class BlurPool(nn.Module):
         c = self.config
 
         def conv(features: int, size: int, name: str) -> Conv:
-            fields = dict(padding=(size // 2, size // 2), dtype=self.dtype, name=name)
-            return make_conv(c.spectral_norm, train, features, size, **fields)
+            return make_same_conv(c.spectral_norm, train, features, size, dtype=self.dtype, name=name)
 
         x = nn.leaky_relu(conv(c.channels, 5, "conv_in")(x), SLOPE)
         for k in range(c.stages):

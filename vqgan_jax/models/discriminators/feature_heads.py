@@ -12,7 +12,7 @@ from flax.typing import Dtype
 
 from vqgan_jax.models.dino import DINOS
 from vqgan_jax.models.discriminators.patchgan import BatchNorm
-from vqgan_jax.models.discriminators.spectral import make_conv
+from vqgan_jax.models.discriminators.spectral import make_same_conv
 from vqgan_jax.models.layers import Conv, GroupNorm
 
 
@@ -62,8 +62,7 @@ class Head(nn.Module):
         c, width = self.config, x.shape[-1]
 
         def conv(features: int, size: int, name: str) -> Conv:
-            fields = dict(padding=(size // 2, size // 2), dtype=self.dtype, name=name)
-            return make_conv(c.spectral_norm, train, features, size, **fields)
+            return make_same_conv(c.spectral_norm, train, features, size, dtype=self.dtype, name=name)
 
         def block(x: jax.Array, size: int, k: int) -> jax.Array:
             x = conv(width, size, f"conv_{k}")(x)

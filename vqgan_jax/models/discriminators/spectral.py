@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.typing import Dtype
 
 from vqgan_jax.models.layers import Conv
 
@@ -37,6 +38,11 @@ class SpectralConv(Conv):
 def make_conv(spectral_norm: bool, train: bool, *args: Any, **fields: Any) -> Conv:
     """A convolution of these fields, its kernel spectrally normalised or not."""
     return SpectralConv(*args, **fields, train=train) if spectral_norm else Conv(*args, **fields)
+
+
+def make_same_conv(spectral_norm: bool, train: bool, features: int, size: int, *, dtype: Dtype, name: str) -> Conv:
+    """The same of stride 1 and an odd size, which keeps height and width."""
+    return make_conv(spectral_norm, train, features, size, padding=(size // 2, size // 2), dtype=dtype, name=name)
 
 
 def _normalised(x: jax.Array) -> jax.Array:

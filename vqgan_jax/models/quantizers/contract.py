@@ -66,10 +66,20 @@ def dots(z: jax.Array, codebook: jax.Array) -> jax.Array:
     return jnp.einsum("...e,qe->...q", z, codebook, precision=jax.lax.Precision.HIGHEST)
 
 
+def distances(z: jax.Array, codebook: jax.Array) -> jax.Array:
+    """Squared distances of z [..., e] to every code [q, e] but for the squared norm of z, which ranks none before
+    another: float32 [..., q]."""
+    return jnp.sum(codebook.astype(jnp.float32) ** 2, axis=1) - 2 * dots(z, codebook)
+
+
 def nearest(z: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Ids int32 [...] of the codes [q, e] nearest to z [..., e]. The squared norm of z cancels in the arg min."""
-    squares = jnp.sum(codebook.astype(jnp.float32) ** 2, axis=1)
-    return jnp.argmin(squares - 2 * dots(z, codebook), axis=-1).astype(jnp.int32)
+    """Ids int32 [...] of the codes [q, e] nearest to z [..., e]."""
+    return jnp.argmin(distances(z, codebook), axis=-1).astype(jnp.int32)
+
+
+def start_small(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """A codebook [q, e] as published: U(-1/q, 1/q)."""
+    return jax.random.uniform(key, shape, minval=-1 / shape[0], maxval=1 / shape[0])
 
 
 def unit(x: jax.Array) -> jax.Array:

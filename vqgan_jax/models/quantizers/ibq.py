@@ -6,7 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vqgan_jax.models.quantizers.contract import Aux, Sizes, check_sizes, count_codes, dots, entropy, pull_together
+from vqgan_jax.models.quantizers.contract import (
+    Aux,
+    Sizes,
+    check_sizes,
+    count_codes,
+    dots,
+    entropy,
+    pull_together,
+    start_small,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +43,7 @@ class IndexBackpropagationQuantizer(Sizes, nn.Module):
 
     def setup(self) -> None:
         q, e = self.config.codebook_size, self.config.dim
-        self.codebook = self.param("codebook", lambda key: jax.random.uniform(key, (q, e), minval=-1 / q, maxval=1 / q))
+        self.codebook = self.param("codebook", start_small, (q, e))
 
     def codes(self, ids: jax.Array) -> jax.Array:
         return self.codebook[ids]

@@ -15,6 +15,7 @@ from vqgan_jax.models.quantizers.contract import (
     draw_vectors,
     nearest,
     pull_together,
+    start_small,
     straight_through,
     unit,
 )
@@ -47,10 +48,10 @@ class VectorQuantizer(Sizes, nn.Module):
     def setup(self) -> None:
         q, e = self.config.codebook_size, self.config.dim
         starts = {
-            "uniform": lambda key: jax.random.uniform(key, (q, e), minval=-1 / q, maxval=1 / q),
-            "sphere": lambda key: unit(jax.random.normal(key, (q, e))),
+            "uniform": start_small,
+            "sphere": lambda key, shape: unit(jax.random.normal(key, shape)),
         }
-        self.codebook = self.param("codebook", starts[self.config.start])
+        self.codebook = self.param("codebook", starts[self.config.start], (q, e))
         if self.config.restart_below:
             self.usage = self.variable("codebook", "usage", lambda: jnp.ones(q))
 
