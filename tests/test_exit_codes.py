@@ -122,7 +122,13 @@ def test_an_upload_is_tried_again_whole(bucket, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("behind", "code"), [("UNAVAILABLE: task 1 is gone", exit_codes.LOST), ("", exit_codes.STORAGE)]
+    ("behind", "code"),
+    [
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: task 1 is gone"), exit_codes.LOST),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), exit_codes.LOST),  # at its dispatch
+        (ValueError("a Connection of ours"), exit_codes.STORAGE),
+        (None, exit_codes.STORAGE),
+    ],
 )
 def test_of_several_hosts_one_that_lost_another_or_its_storage_leaves_at_once(monkeypatch, behind, code):
     """Orbax makes a TimeoutError of a host that is gone, and the checkpoints an error of storage of that."""
@@ -141,7 +147,7 @@ def test_of_several_hosts_one_that_lost_another_or_its_storage_leaves_at_once(mo
         with pytest.raises(KeyError), cli.leave_with_others():
             raise KeyError("a bug")
     timeout, failed = TimeoutError("a barrier"), StorageError("checkpoint of step 3 was not saved")
-    timeout.__cause__ = jax.errors.JaxRuntimeError(behind) if behind else None
+    timeout.__cause__ = behind
     failed.__cause__ = timeout
     with pytest.raises(SystemExit) as exit_, cli.leave_with_others():
         raise failed

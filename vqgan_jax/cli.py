@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging as std_logging
 import os
+import re
 import signal
 import sys
 import time
@@ -23,6 +24,7 @@ from vqgan_jax.exit_codes import LOST, PREEMPTED, STORAGE, USER_ERROR
 flags.disclaim_key_flags()  # they are those of the script that defines them: its --help lists them
 JOIN_SECONDS = 270  # that hosts may take to find each other; JAX aborts after 300
 _LOST = ("onnection", "UNAVAILABLE", "Gloo", "eartbeat", "DEADLINE_EXCEEDED", "ABORTED")  # in errors of collectives
+_STATUS = re.compile("[A-Z_]+: ")  # UNKNOWN: Gloo AllGather failed
 _LAST_WORD_SECONDS = 2.0  # in which all hosts that end alike say so; JAX aborts those that outlive host 0
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)  # errors of disks, never bugs
 DISTRIBUTED = "VQGAN_JAX_DISTRIBUTED"  # the variable by which launch/ says that several processes form one job
@@ -153,9 +155,13 @@ def leave_with_others() -> Iterator[None]:
 
 
 def _of_other_hosts(error: BaseException | None) -> BaseException | None:
-    """What JAX said of a host that is gone, where that is behind an error: Orbax makes others of it."""
+    """What JAX said of a host that is gone, where that is behind an error: Orbax makes others of it, and what breaks
+    while a program is dispatched comes as a ValueError that begins with its status."""
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in _LOST):
+        said = str(error)
+        at_dispatch = isinstance(error, ValueError) and _STATUS.match(said)
+        by_jax = at_dispatch or isinstance(error, jax.errors.JaxRuntimeError)
+        if by_jax and any(sign in said for sign in _LOST):
             return error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
