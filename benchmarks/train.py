@@ -96,16 +96,15 @@ def seconds_of_steps(compiled: Any, state: Any, batch: Any, frozen: Any, steps: 
     state, metrics = compiled(state, batch, frozen)
     jax.block_until_ready(metrics)
     seconds, start = [], time.perf_counter()
+    state, metrics = compiled(state, batch, frozen)
     for _ in range(steps):
         state, new = compiled(state, batch, frozen)
-        jax.device_get(metrics)
+        values = jax.device_get(metrics)
         metrics = new
-        if len(seconds) + 1 == steps:
-            jax.block_until_ready(metrics)
-        now = time.perf_counter()
-        seconds.append(now - start)
-        start = now
-    if not all(math.isfinite(float(value)) for value in metrics.values()):
+        seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
+    jax.block_until_ready(state)
+    if not all(math.isfinite(float(value)) for value in values.values()):
         raise SystemExit("the step is not finite")
     return seconds
 
