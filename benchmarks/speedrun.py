@@ -64,7 +64,9 @@ SECONDS = "seconds.json"  # in a stage's folder: what it took so far
 class Speedrun:
     """One data set under one form: trains and scores stages, each once."""
 
-    def __init__(self, data: str, out: Path, *, form: str, budget: float, steps: Sequence[int], lpips: str):
+    def __init__(
+        self, data: str, out: Path, *, form: str, budget: float, steps: Sequence[int], lpips: str, seed: int = SEED
+    ):
         """Opens the data and the classifier, which is trained where there is none.
 
         Args:
@@ -74,12 +76,13 @@ class Speedrun:
           budget: scales the steps of both stages.
           steps: of both stages; () for the configs', scaled.
           lpips: "VGG,HEADS", the files of LPIPS; "" leaves it out.
+          seed: of both trainings; the classifier, and what scores are drawn from, stay the same.
 
         Raises:
           UserError: no such form or data.
         """
         self._form, self.size = form, choose("--form", form, FORMS)
-        self._budget, self._steps, self._lpips = budget, steps, lpips
+        self._budget, self._steps, self._lpips, self._seed = budget, steps, lpips, seed
         self.out, self.name = out, "scenes" if data == "scenes" else Path(data).stem
         self._data = {"source": "scenes"}
         if data != "scenes":
@@ -94,7 +97,7 @@ class Speedrun:
 
     def _with_data(self, config: ConfigDict) -> ConfigDict:
         config.data.update(self._data)
-        config.seed = SEED
+        config.seed = self._seed
         return config
 
     def _open_classifier(self) -> tuple[Classifier, float]:
@@ -356,7 +359,9 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     if len(words) not in (0, 2) or len(steps) != len(words) or 0 in steps:
         raise UserError("--steps: are those of both stages, such as 400,500")
     out = cli.check_workdir(args.out, "--out")
-    speedrun = Speedrun(args.data, Path(out), form=args.form, budget=args.budget, steps=steps, lpips=args.lpips)
+    speedrun = Speedrun(
+        args.data, Path(out), form=args.form, budget=args.budget, steps=steps, lpips=args.lpips, seed=args.seed
+    )
     command = shown_command(argv)
     today = datetime.date.today().isoformat()
     for kind, names in pieces.items():
@@ -390,6 +395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--transformer_pieces", default="", help="of stage 2, a table: reference,llama; or all")
     parser.add_argument("--tokenizer", default="reference", help="whose codes --transformer_pieces are trained on")
     parser.add_argument("--equal_flops", action="store_true", help="add rows at as many FLOPs as the first piece")
+    parser.add_argument("--seed", type=int, default=SEED, help="of both trainings: how far apart do two seeds lie?")
     parser.add_argument("--lpips", default="", help="VGG,HEADS: files of LPIPS, which is left out without them")
     parser.add_argument("--record", action="store_true", help=f"add the lines of --recipes to {RESULTS.name}")
     args = parser.parse_args(argv)
