@@ -43,6 +43,13 @@ def matmul_rate(dtype: Any) -> tuple[float, str]:
     return 2 * n**3 / best(jax.jit(jnp.dot), x, x, repeats=7), f"a product of {n} x {n} matrices"
 
 
+def bandwidth() -> float:
+    """Bytes a second that a reduction over a large array reads."""
+    size = 2**28 if jax.default_backend() == "cpu" else 2**30  # floats
+    x = jnp.ones((size // 1024, 1024), jnp.float32)
+    return 4 * size / best(jax.jit(jnp.sum), x, repeats=7)
+
+
 def machine() -> str:
     """What computed, to read."""
     device = jax.devices()[0]

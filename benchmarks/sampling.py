@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.machine import TRANSFORMERS, best, transformer
+from benchmarks.machine import TRANSFORMERS, bandwidth, best, transformer
 from vqgan_jax.hlo import Module
 from vqgan_jax.models.blocks import MODULATIONS
 from vqgan_jax.models.gpt import GPT, cast_weights
@@ -88,13 +88,6 @@ def count(model: ImageTransformer, params: Any, sequences: int, attended: float 
     attended = start + (length - 1) / 2 if attended is None else attended
     kept = 2 * c.kv_width * (attended + 1) + c.adaln * MODULATIONS * c.width  # of each layer
     return Counted(weights, sequences * c.layers * kept * size)
-
-
-def bandwidth() -> float:
-    """Bytes a second that a reduction over a large array reads."""
-    size = 2**28 if jax.default_backend() == "cpu" else 2**30  # floats
-    x = jnp.ones((size // 1024, 1024), jnp.float32)
-    return 4 * size / best(jax.jit(jnp.sum), x, repeats=7)
 
 
 def sampler(model: ImageTransformer, buckets: int | None) -> Callable[..., jax.Array]:

@@ -2,12 +2,15 @@
 
     python -m benchmarks.train                                         (any machine: both stages, small, a minute)
     python -m benchmarks.train --models=imagenet_f16_1024 --batches=8,16,32 --dtypes=bfloat16       (a GPU, a TPU)
-    python -m benchmarks.train --models=class_imagenet,class_imagenet_big --batches=8,32 --dtypes=bfloat16
+    python -m benchmarks.train --models=307M,1.4B,L,XXL --batches=8,32 --dtypes=bfloat16
     python -m benchmarks.train --models=imagenet_f16_1024 --batches=1 --steps=3 --convolutions      (a CPU, minutes)
 
-Models are rows of configs/paper_vqgan.py and configs/paper_transformer.py (those of a class, on cached codes), with
+Models are rows of configs/paper_vqgan.py and configs/paper_transformer.py (those of a class, on cached codes), 307M and
+1.4B for the class-conditional ones of ImageNet, and the presets of configs/modern_transformer.py (B to 3B), with
 LPIPS, discriminator and EMA as the row has them and random weights. MFU counts matrix products and convolutions,
 without what remat computes again, against the chip's peak or, where that is not known, a large product of the same run.
+"Over its roofline" is the time over the longer of two: those operations at that rate, and the bytes that the compiled
+step moves at the bandwidth of the chip or, where that is not known, of a large reduction of the same run.
 --convolutions times every convolution of the step alone: what is left if nothing else cost anything.
 """
 
@@ -25,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.machine import best, matmul_rate
+from benchmarks.machine import TRANSFORMERS, bandwidth, best, matmul_rate, transformer
 from configs import paper_transformer, paper_vqgan
 from vqgan_jax import parallel
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
@@ -36,6 +39,10 @@ from vqgan_jax.transformer import ImageTransformer, TransformerConfig
 
 EXAMPLES = 1_281_167  # of ImageNet, for durations
 SMALL = ("cifar10", "class_imagenet")
+COLUMNS = (
+    "model", "dtype", "batch", "remat", "GFLOP", "ms p50", "ms p99", "images/s", "tokens/s", "MFU", "over its roofline",
+    "GiB", "compile s",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +56,20 @@ class Job:
 
 
 def make_job(name: str, batch: int, dtype: str, small: bool) -> tuple[ConfigDict, Job]:
-    """A row of the paper's configs with its adversarial loss on; `small` shrinks its model."""
-    stage = paper_vqgan if name in paper_vqgan.ROWS else paper_transformer
-    config = stage.get_config(name)
+    """A row of the paper's configs, with its adversarial loss on, or a preset; `small` shrinks its model."""
+    first = None
+    if name in paper_vqgan.ROWS:
+        config = paper_vqgan.get_config(name)
+    elif name in TRANSFORMERS:
+        config, first = transformer(name)
+    else:
+        config = paper_transformer.get_config(name)
+        first = paper_vqgan.get_config(paper_transformer.ROWS[name].first).model
     config.batch_size, config.dtype = batch, dtype
-    return config, (vqgan_job if stage is paper_vqgan else transformer_job)(config, name, small)
+    return config, vqgan_job(config, small) if first is None else transformer_job(config, first, name, small)
 
 
-def vqgan_job(config: ConfigDict, name: str, small: bool) -> Job:
+def vqgan_job(config: ConfigDict, small: bool) -> Job:
     """Stage 1."""
     config.loss.adversarial_start, config.loss.adversarial_ramp = "0", "0"
     if small:
@@ -72,12 +85,11 @@ def vqgan_job(config: ConfigDict, name: str, small: bool) -> Job:
     return Job(lambda remat: vqgan_recipe(config, model.clone(remat=remat), durations), batch, frozen, 0)
 
 
-def transformer_job(config: ConfigDict, name: str, small: bool) -> Job:
-    """Stage 2."""
+def transformer_job(config: ConfigDict, first: ConfigDict, name: str, small: bool) -> Job:
+    """Stage 2, over the first stage of which `first` is `config.model`."""
     if small:
         shape = config.model.transformer
         shape.layers, shape.heads, shape.width = 2, 4, 128
-    first = paper_vqgan.get_config(paper_transformer.ROWS[name].first).model
     stage = Tokenizer(VQGAN(VQGANConfig.from_config(first)))
     model = ImageTransformer(TransformerConfig.from_config(config.model), stage, dtype=setup.dtype_of(config))
     if set(model.condition.keys) - {"label"}:
@@ -118,12 +130,12 @@ def memory_in_use(compiled: Any) -> int:
 
 
 @functools.cache
-def peak_flops(dtype: str) -> tuple[float, str]:
-    """FLOPs a second of one device at best, and where the number is from."""
-    chip = roofline.chip_of(jax.devices()[0].device_kind)
-    if chip:
-        return chip.peak_flops, f"the peak of {chip.name}"
-    return matmul_rate(dtype)
+def rates(dtype: str) -> tuple[float, float, str]:
+    """FLOPs and bytes a second of one device at best, and where the numbers are from."""
+    if chip := roofline.chip_of(jax.devices()[0].device_kind):
+        return chip.peak_flops, chip.memory_bandwidth, f"the peak of {chip.name}"
+    flops, product = matmul_rate(dtype)
+    return flops, bandwidth(), f"{product} ({flops / 1e9:.0f} GFLOP/s), bandwidth that of a reduction"
 
 
 def convolution_seconds(jaxpr: Any, repeats: int) -> tuple[float, int]:
@@ -158,11 +170,13 @@ def measure(name: str, batch: int, dtype: str, args: argparse.Namespace, small: 
         jaxpr = roofline.trace_plain(job.recipe("").step, state, rows, frozen)
         seconds = seconds_of_steps(compiled, state, rows, frozen, args.steps)
     count, median = roofline.count_flops(jaxpr), float(np.median(seconds))
-    rate = count / median / mesh.size
+    flops, speed, _ = rates(dtype)
+    compute, memory = count / mesh.size / flops, roofline.program_cost(compiled).memory_moved / speed
     cells = [
         f"{name}{' (small)' if small else ''}", dtype, batch, args.remat or "no", f"{count / 1e9:.4g}",
         f"{1e3 * median:.4g}", f"{1e3 * np.percentile(seconds, 99):.4g}", f"{batch / median:.4g}",
-        f"{job.tokens * batch / median:.4g}" if job.tokens else "", f"{100 * rate / peak_flops(dtype)[0]:.1f} %",
+        f"{job.tokens * batch / median:.4g}" if job.tokens else "", f"{100 * compute / median:.1f} %",
+        f"{median / max(compute, memory):.2f} ({'compute' if compute > memory else 'memory'})",
         f"{memory_in_use(compiled) / 2**30:.2f}", f"{compile_seconds:.0f}",
     ]  # fmt: skip
     print("|", " | ".join(map(str, cells)), "|", flush=True)
@@ -182,9 +196,9 @@ def main() -> None:
     args = parser.parse_args()
     devices = jax.devices()
     print(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}; MFU is of", end=" ")
-    print(peak_flops(args.dtypes.split(",")[0])[1], end="\n\n")
-    print("| model | dtype | batch | remat | GFLOP | ms p50 | ms p99 | images/s | tokens/s | MFU | GiB | compile s |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print(rates(args.dtypes.split(",")[0])[2], end="\n\n")
+    print("|", " | ".join(COLUMNS), "|")
+    print("|---" * len(COLUMNS) + "|")
     models = args.models.split(",") if args.models else SMALL
     for name, batch, dtype in itertools.product(models, args.batches.split(","), args.dtypes.split(",")):
         measure(name, int(batch), dtype, args, small=not args.models)
