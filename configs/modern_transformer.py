@@ -34,7 +34,7 @@ batch): raster models reach 1.50 with 177M and 1.42 with 318M (AliTok), 1.70 wit
   `--config=configs/finetune.py:RUN,cca`.
 
 Cost in chip-hours at best, by `tools.aot`, never run (benchmarks/aot.md): B 242 on v5e:8x8, L 813 on v5e:16x16, XL 523
-on v5p:4x4x4, XXL 909 and 3B 1449 on v5p:4x4x8.
+on v5p:4x4x4, XXL 909 and 3B 1477 on v5p:4x4x8.
 """
 
 import dataclasses

@@ -32,8 +32,9 @@ ENTRY %main (a: bf16[8,16,4], b: f32[8,4], w: f32[8,1]) -> f32[8,4] {
 }
 """
 
-# Twelve rounds (from 0, by 2, below 24) that stack a row in place, gather, permute and multiply; then one reduction,
-# and a gather in two parts, as the TPU compiler spreads one over the fusions beside it.
+# Twelve rounds (from 0, by 2, below 24) that stack a row in place, gather, permute and multiply, and gather in two
+# parts, as the TPU compiler spreads one over the fusions beside it; before them the gather of a round that it has taken
+# out, and then one reduction.
 LOOP = """
 %stack (s.0: f32[24,8,128], s.1: f32[8,128], s.2: s32[]) -> f32[24,8,128] {
   %s.0 = f32[24,8,128]{2,1,0:T(8,128)} parameter(0)
@@ -61,6 +62,7 @@ LOOP = """
   %come = f32[8,128]{1,0:T(8,128)S(1)} collective-permute-done(%go)
   %y = f32[8,16]{1,0:T(8,128)S(1)} dot(%come, %w), lhs_contracting_dims={1}, rhs_contracting_dims={1}
   %spread = f32[32,128]{1,0:T(8,128)S(1)} fusion(%x), kind=kOutput, calls=%part
+  %more = f32[32,128]{1,0:T(8,128)S(1)} fusion(%x), kind=kOutput, calls=%part
   %kept = f32[24,8,128]{2,1,0:T(8,128)} fusion(%rows, %x, %i), kind=kLoop, calls=%stack, metadata={op_name="step/keep"}
   ROOT %result = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}, f32[24,8,128]{2,1,0:T(8,128)}) tuple(%next, %x, %kept)
 }
@@ -107,17 +109,18 @@ def test_loops_count_as_often_as_their_counter_says(loop):
     counts = loop.counts()
     assert counts.unknown_loops == 0
     assert counts.flops == 12 * 2 * 8 * 16 * 128
-    # A round: the gather, the permute and the fusion beside it read a row each; the stack reads a row and writes one.
-    assert counts.memory == 12 * 5 * ROW + ROW + 2 * ROW
+    # A round: the gather, the permute and both fusions beside it read a row each; the stack reads a row and writes one.
+    assert counts.memory == 12 * 6 * ROW + ROW + 2 * ROW
 
 
 def test_collectives_by_kind_and_bytes_sent(loop):
     found = {channel: (c.kind, c.sent, c.times) for channel, c in loop.counts().collectives.items()}
     assert found == {
-        "1": ("all-gather", ROW, 12),  # to the other one of two
-        "2": ("collective-permute", ROW, 12),
+        "body/1": ("all-gather", ROW, 12),  # to the other one of two
+        "body/2": ("collective-permute", ROW, 12),
+        "body/7": ("all-gather", 3 * ROW, 12),  # one gather, though both parts of it name it
+        "7": ("all-gather", 3 * ROW, 1),  # of the round before
         "3": ("all-reduce", 2 * 3 / 4 * ROW, 1),
-        "7": ("all-gather", 3 * ROW, 1),  # one gather, though both parts of it, and one in a loop, name it
     }
 
 
@@ -135,7 +138,56 @@ def test_collectives_by_kind_and_bytes_sent(loop):
 )
 def test_groups_of_a_collective_in_every_spelling(groups, size):
     text = LOOP.replace("mesh['a'=4,'b'=2] {'b'}", groups)
-    assert Module(text).counts().collectives["1"].sent == (size - 1) * ROW
+    assert Module(text).counts().collectives["body/1"].sent == (size - 1) * ROW
+
+
+# What libtpu writes for sums, gathers and exchanges between two slices of four chips, and four of them.
+BETWEEN = """
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %token = token[] after-all()
+  %inside = f32[8,128]{1,0:T(8,128)} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %send = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) send(%inside, %token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) recv(%token), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %come = (f32[8,128]{1,0:T(8,128)}, token[]) recv-done(%recv), channel_id=3, is_host_transfer=true
+  ROOT %sum = f32[8,128]{1,0:T(8,128)} get-tuple-element(%come), index=0
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    "target, transfer, kind, sent",
+    [
+        ('"{1,2}x{0:3}"', "ALL_REDUCE", "all-reduce", ROW),
+        ('"{1,2,3,4}x{0:3}"', "ALL_REDUCE", "all-reduce", 1.5 * ROW),
+        ('"{1,2,3,4}x{0:3}"', "ALL_GATHER", "all-gather", 3 * ROW),
+        ("{{100000,200000},{100001,200001}}", "ALL_TO_ALL", "all-to-all", ROW / 2),
+        ("{{100000->200000},{200000->100000}}", "ONE_TO_ONE", "collective-permute", ROW),
+    ],
+)
+def test_what_goes_between_slices_is_counted_apart(target, transfer, kind, sent):
+    text = BETWEEN.replace('"{1,2}x{0:3}"', target).replace("ALL_REDUCE", transfer)
+    counts = Module(text).counts()
+    inside, between = sorted(counts.collectives.values(), key=lambda c: c.between_slices)
+    assert (inside.kind, inside.sent, inside.between_slices) == ("all-reduce", 2 * 3 / 4 * ROW, False)
+    assert (between.kind, between.sent, between.times, between.between_slices) == (kind, sent, 1, True)
+    # The sum reads and writes; what is sent is read, and what is received written, with a word of its context.
+    assert counts.memory == 2 * ROW + ROW + ROW + 4
+
+
+def test_the_work_of_kernels_of_attention():
+    heads = "bf16[2,3,16,4]{3,2,1,0}"
+    calls = {"flash_attention.1": 2, "flash_mha_bwd_dkv_block_q_major_16.1": 4, "flash_mha_bwd_dq_block_q_16": 3}
+    text = "\n".join(
+        f'  %{name} = {heads} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call"'
+        for name in (*calls, "another", "estimated")
+    )
+    text += ', backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000","transcendentals":"7"}}}'
+    keys = "bf16[2,3,8,4]{3,2,1,0}"
+    text = f"  %q = {heads} parameter(0)\n  %k = {keys} parameter(1)\n{text}"
+    counts = Module(f"ENTRY %main (q: bf16[2,3,16,4], k: bf16[2,3,8,4]) -> () {{\n{text}\n}}").counts()
+    assert counts.flops == sum(calls.values()) * 2 * (2 * 3 * 16 * 8 * 4) + 1000
 
 
 def test_a_fused_reduce_scatter_is_one(loop):

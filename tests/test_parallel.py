@@ -261,16 +261,39 @@ def test_unknown_names_raise():
 
 def test_slices_are_joined_along_the_batch():
     """Two slices of four devices each: the tensor axis stays inside a slice, the data axis (or fsdp) runs over both."""
-    devices = [
-        SimpleNamespace(id=k, slice_index=k % 2, platform="cpu", device_kind="cpu", process_index=0) for k in range(8)
-    ]
+    devices = in_slices([k % 2 for k in range(8)], "cpu")
     for shape, over in (([2, 2, 2], 0), ([4, 1, 2], 0), ([1, 4, 2], 1)):
-        slices = np.vectorize(lambda d: d.slice_index)(parallel._over_slices(shape, 2, devices))
+        slices = np.vectorize(lambda d: d.slice_index)(parallel._over_slices(shape, devices))
         assert slices.shape == tuple(shape) and sorted(slices.ravel()) == [0] * 4 + [1] * 4
         halves = np.split(slices, 2, axis=over)
         assert [len(np.unique(half)) for half in halves] == [1, 1]
     with pytest.raises(UserError, match="config.mesh: the devices are 2 slices"):
-        parallel._over_slices([1, 1, 8], 2, devices)
+        parallel._over_slices([1, 1, 8], devices)
+
+
+@pytest.mark.parametrize(
+    "nodes, shape, spans",
+    [
+        ([0, 0, 0, 0, 1, 1, 1, 1], [2, 2, 2], (2, 1, 1)),
+        ([0, 1, 0, 1, 0, 1, 0, 1], [1, 1, 8], (1, 1, 2)),  # a model axis over both nodes: NVLink inside, slower between
+        ([0, 1, 2, 0, 1, 2], [2, 1, 3], (2, 1, 2)),  # three nodes divide neither batch axis
+        ([0, 0, 0, 1, 1, 1, 1, 1], [2, 2, 2], (2, 2, 2)),  # nodes of three and five
+        ([0, 0, 1, 1, 2, 2], [3, 1, 2], (3, 1, 1)),
+    ],
+)
+def test_on_nodes_of_gpus_any_mesh_is_laid_node_by_node(nodes, shape, spans):
+    """Where it can, each axis but the first stays in a node; `spans` is how many nodes a line along an axis meets."""
+    found = np.vectorize(lambda device: device.slice_index)(parallel._over_slices(shape, in_slices(nodes, "gpu")))
+    assert found.shape == tuple(shape) and sorted(found.ravel()) == sorted(nodes)
+    met = [np.apply_along_axis(lambda line: len(np.unique(line)), axis, found).max() for axis in range(3)]
+    assert tuple(met) == spans
+
+
+def in_slices(indices, platform):
+    return [
+        SimpleNamespace(id=k, slice_index=index, platform=platform, device_kind="of a test", process_index=0)
+        for k, index in enumerate(indices)
+    ]
 
 
 def test_what_does_not_divide_is_left_to_the_compiler():

@@ -74,12 +74,16 @@ def test_beats_and_what_may_take_long_keep_it_quiet(tmp_path):
 
 
 def test_place_in_job(monkeypatch):
-    for name in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES", "SLURM_PROCID", "SLURM_NTASKS", "TPU_WORKER_ID"):
+    told = ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES", "SLURM_PROCID", "SLURM_NTASKS", "TPU_WORKER_ID")
+    for name in (*told, "MEGASCALE_SLICE_ID", "MEGASCALE_NUM_SLICES"):
         monkeypatch.delenv(name, raising=False)
     assert place_in_job() is None
     monkeypatch.setenv("TPU_WORKER_ID", "1")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b,c")
     assert place_in_job() == (1, 3)
+    monkeypatch.setenv("MEGASCALE_SLICE_ID", "2")  # Multislice counts workers in their slice
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "4")
+    assert place_in_job() == (7, 12)
     monkeypatch.setenv("SLURM_PROCID", "5")
     monkeypatch.setenv("SLURM_NTASKS", "8")
     assert place_in_job() == (5, 8)

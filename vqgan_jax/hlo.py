@@ -20,6 +20,8 @@ _FREE = {"parameter", "constant", "get-tuple-element", "bitcast", "tuple", "afte
 _FREE |= {"conditional", "opt-barrier", "async-update"}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _REDUCE_SCATTER = "all-reduce-scatter"  # how the TPU compiler calls a fusion that is one
+# Matrix products [t, k] x [s, k] a head in JAX's Pallas kernels of attention, of whose work the text says nothing.
+_KERNELS = {"flash_attention": 2, "flash_mha_bwd_dkv": 4, "flash_mha_bwd_dq": 3}
 
 
 class Instruction(NamedTuple):
@@ -45,11 +47,13 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One collective as often as it runs: bytes that a device sends, at least, each time."""
+    """One collective as often as it runs: bytes that a device sends, at least, each time, to others of its slice or to
+    other slices."""
 
     kind: str
     sent: float
     times: float
+    between_slices: bool = False
 
 
 class Buffer(NamedTuple):
@@ -70,14 +74,12 @@ class Counts:
     unknown_loops: int = 0
 
     def add(self, other: "Counts", times: float = 1.0) -> None:
-        """Adds what runs `times` times. Parts of one collective, which share a channel, count once."""
+        """Adds what runs `times` times. Parts of one collective, which share a key, count once."""
         self.flops += times * other.flops
         self.memory += times * other.memory
         self.unknown_loops += other.unknown_loops
-        for channel, c in other.collectives.items():
-            mine = self.collectives.get(channel)
-            if mine is None or times * c.times < mine.times:
-                self.collectives[channel] = c._replace(times=times * c.times)
+        for key, c in other.collectives.items():
+            self.collectives.setdefault(key, c._replace(times=times * c.times))
 
 
 Computation = Mapping[str, Instruction]
@@ -133,8 +135,11 @@ class Module:
         lines, total = self._computations[name], Counts()
         for line in lines.values():
             if line.kind == "while":
-                length = self._length(lines, line)
-                total.add(self._count(line.attribute("body"), fused=False), length or 1)
+                length, body = self._length(lines, line), line.attribute("body")
+                inner = self._count(body, fused=False)
+                # A channel is one collective within a loop; the rounds that a compiler takes out of it come on top.
+                inner.collectives = {f"{body}/{key}": c for key, c in inner.collectives.items()}
+                total.add(inner, length or 1)
                 total.unknown_loops += length is None
             elif line.kind == "conditional":  # one of them runs
                 total.add(max((self._count(b, fused=False) for b in self._called(line)), key=lambda c: c.memory))
@@ -152,6 +157,10 @@ class Module:
             elif line.kind.removesuffix("-start") in COLLECTIVES:
                 channel = re.search(r"channel_id=(\d+)", line.attributes)
                 total.collectives[channel[1] if channel else f"{name}/{line.name}"] = _collective(lines, line)
+            elif line.kind == "send" and (kind := _BETWEEN.search(line.attributes)):
+                total.collectives[f"{name}/{line.name}"] = _between_slices(lines, line, kind[1])
+            elif line.kind == "custom-call":
+                total.flops += _kernel_flops(lines, line)
             if not fused:
                 total.memory += self._moved(lines, line)
         return total
@@ -216,6 +225,8 @@ class Module:
 
     def _written(self, lines: Computation, line: Instruction) -> int:
         """Bytes that an instruction writes: of a buffer updated in place the update."""
+        if line.kind == "send":  # its result is its operand
+            return 0
         if line.kind == "dynamic-update-slice":
             return 0 if line.operands[1] not in lines else _size(_outside(lines[line.operands[1]].shape))
         if line.kind.endswith("-start"):
@@ -281,10 +292,23 @@ def _constant(lines: Computation, name: str) -> int | None:
 def _collective(lines: Computation, line: Instruction) -> Collective:
     kind = line.kind.removesuffix("-start")
     size = _size([array for name in line.operands if name in lines for array in _SHAPE.findall(lines[name].shape)])
-    n = _group(line.attributes)
-    share = (n - 1) / n
-    sent = {"all-reduce": 2 * share, "all-gather": n - 1, "collective-permute": 1}.get(kind, share) * size
-    return Collective(kind, sent, 1)
+    return Collective(kind, _sent(kind, _group(line.attributes)) * size, 1)
+
+
+def _between_slices(lines: Computation, line: Instruction, transfer: str) -> Collective:
+    """Of libtpu's Multislice runtime: a host hands its chips' operands to those of other slices."""
+    kind = {"ONE_TO_ONE": "collective-permute"}.get(transfer, transfer.lower().replace("_", "-"))
+    size = _size(_SHAPE.findall(lines[line.operands[0]].shape)[:1])
+    members = re.search(r'_xla_megascale_target="?\{+([\d,]*)', line.attributes)  # "{1,2}x{0:3}" or {{1,9},{2,10}}
+    return Collective(kind, _sent(kind, len(members[1].split(",")) if members else 2) * size, 1, True)
+
+
+_BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+
+
+def _sent(kind: str, n: int) -> float:
+    """What one of n devices sends at least, in sizes of its operand."""
+    return {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1, "collective-permute": 1}.get(kind, (n - 1) / n)
 
 
 def _group(attributes: str) -> int:
@@ -298,6 +322,17 @@ def _group(attributes: str) -> int:
         axes = re.findall(r"'([\w.-]+)'(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part or sizes[name]) for name, part in axes)
     return 2  # not said: all devices; the least that it can be
+
+
+def _kernel_flops(lines: Computation, line: Instruction) -> float:
+    """Of a kernel written by hand: those of _KERNELS by name, from queries and keys [b, n, t, k]; of others what the
+    program says of them, mostly nothing."""
+    products = [times for name, times in _KERNELS.items() if line.name.startswith(name)]
+    if products and all(name in lines for name in line.operands[:2]):
+        query, key = (_dimensions(lines[name].shape) for name in line.operands[:2])
+        return 2 * products[0] * math.prod(query) * key[2]
+    said = re.search(r'"cost_estimate":\{"flops":"(\d+)"', line.attributes)
+    return float(said[1]) if said else 0
 
 
 def _flops(lines: Computation, line: Instruction) -> float:

@@ -4,6 +4,7 @@
 batch and the parameters), `tensor` (heads, MLP and vocabulary).
 """
 
+import collections
 import hashlib
 import json
 import math
@@ -40,7 +41,7 @@ MIN_SHARDED_SIZE = 2**12  # parameters without logical names (convolutions) smal
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
     """Makes the mesh of a config: `{"data": -1, "fsdp": 1, "tensor": 1}`, where one size may be -1 (what is left).
 
-    On several slices (TPU multislice) the first batch axis that they divide runs over them.
+    On several slices (TPU Multislice) or nodes of GPUs the first batch axis that they divide runs over them.
 
     Raises:
       UserError: sizes that do not multiply to the number of devices, or do not fit the chips' network.
@@ -58,27 +59,40 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
             f"config.mesh: {asked} does not fit {len(devices)} devices; "
             "the product of data, fsdp and tensor must be the number of devices (one may be -1)"
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
+    if len({_slice_of(device) for device in devices}) == 1:
         try:
             return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
         except NotImplementedError as error:  # of a TPU's torus
             raise UserError(f"config.mesh: {asked} cannot be laid onto these chips, choose others ({error})") from None
-    return Mesh(_over_slices(shape, slices, devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(_over_slices(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _over_slices(shape: list[int], slices: int, devices: list[jax.Device]) -> np.ndarray:
-    """The devices of several slices, [data, fsdp, tensor]: `data`, or else `fsdp`, runs over the slow network between
-    them, the rest stays inside.
+def _slice_of(device: jax.Device) -> int:
+    """The slice of a TPU, the node of a GPU; 0 where JAX knows of neither."""
+    return getattr(device, "slice_index", 0)
+
+
+def _over_slices(shape: list[int], devices: list[jax.Device]) -> np.ndarray:
+    """The devices of several slices, or nodes of GPUs, [data, fsdp, tensor]: `data`, or else `fsdp`, runs over the slow
+    network between them, the rest stays inside. Where neither divides, or nodes differ in size, GPUs are taken node by
+    node, so that an axis spans no more nodes than it must.
 
     Raises:
-      UserError: neither axis divides over the slices.
+      UserError: TPUs where neither axis divides over the slices, or what is left does not fit the chips' network.
     """
+    sizes = collections.Counter(map(_slice_of, devices))
+    slices, even = len(sizes), len(set(sizes.values())) == 1
     for axis in range(len(BATCH_AXES)):
-        if shape[axis] % slices == 0:
+        if even and shape[axis] % slices == 0:
             between = [slices if k == axis else 1 for k in range(3)]
             inside = [size // parts for size, parts in zip(shape, between, strict=True)]
-            return mesh_utils.create_hybrid_device_mesh(inside, between, devices)
+            split = devices[0].device_kind == "TPU v5 lite"  # as jax.make_mesh lays two axes on one of the torus
+            try:
+                return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=split)
+            except NotImplementedError as error:
+                raise UserError(f"config.mesh: {inside} in a slice cannot be laid onto its chips ({error})") from None
+    if devices[0].platform == "gpu":
+        return np.array(sorted(devices, key=lambda device: (_slice_of(device), device.id))).reshape(shape)
     raise UserError(f"config.mesh: the devices are {slices} slices; make data (or fsdp) a multiple of {slices}")
 
 

@@ -25,6 +25,7 @@ FOLDER = "hosts"  # in a workdir
 BEATS = 8  # a host writes so often in the time that it may take
 # Which process of how many this is, in variables of launchers, before JAX knows: launch/local.sh's, and Slurm's.
 LOCAL, _SLURM = ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"), ("SLURM_PROCID", "SLURM_NTASKS")
+_MULTISLICE = ("MEGASCALE_SLICE_ID", "MEGASCALE_NUM_SLICES")  # which slice of how many
 
 
 class Watchdog:
@@ -138,5 +139,7 @@ def place_in_job() -> tuple[int, int] | None:
     if place := place_by(LOCAL) or place_by(_SLURM):
         return place
     if "TPU_WORKER_ID" in os.environ and "TPU_WORKER_HOSTNAMES" in os.environ:
-        return int(os.environ["TPU_WORKER_ID"]), len(os.environ["TPU_WORKER_HOSTNAMES"].split(","))
+        worker, workers = int(os.environ["TPU_WORKER_ID"]), len(os.environ["TPU_WORKER_HOSTNAMES"].split(","))
+        number, slices = place_by(_MULTISLICE) or (0, 1)  # workers are counted in their slice
+        return number * workers + worker, slices * workers
     return None

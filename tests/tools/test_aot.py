@@ -62,6 +62,9 @@ def first_stage():
         ("v5p:4x4", "slices of v5p have 3 axes"),
         ("v5e:0x4", "is none"),
         ("cpu:512", "set JAX_NUM_CPU_DEVICES=512"),
+        ("2xcpu:4", "simulated devices form no slices"),
+        ("2x:4x4", "write v5e:4x4"),
+        ("2xv9:4x4", "unknown name 'v9'"),
     ],
 )
 def test_what_is_no_topology_is_said_in_one_line(name, mend):
@@ -85,6 +88,7 @@ def test_chips_by_the_name_that_jax_gives():
 
 def cost(**changes):
     fields = dict(flops=197e12, memory_moved=819e9 / 2, collectives={"all-reduce": Traffic(3, 4e9)})
+    fields |= dict(between_slices={"all-reduce": Traffic(1, 25e9 / 8 / 10)})
     sizes = dict(arguments=2**30, outputs=0, temporaries=2**30, code=0, unknown_loops=0)
     return Cost(**{**fields, **sizes, **changes})
 
@@ -98,9 +102,10 @@ def program(images=64, **changes):
 def test_the_roofline_is_its_longest_part():
     chip = roofline.CHIPS["TPU v5e"]
     bound = bound_of(cost(), chip)
-    assert (bound.compute, bound.memory, bound.links) == pytest.approx((1.0, 0.5, 0.02))
+    assert (bound.compute, bound.memory, bound.links, bound.network) == pytest.approx((1.0, 0.5, 0.02, 0.1))
     assert (bound.seconds, bound.by) == (bound.compute, "compute")
-    assert Bound(0.1, 0.2, 0.3).by == "links"
+    assert Bound(0.1, 0.2, 0.3, 0.0).by == "links" and Bound(0.1, 0.2, 0.3, 0.4).by == "network"
+    assert bound_of(cost(), roofline.CHIPS["TPU v4"]).network == 0  # not published: bounds nothing
 
 
 def test_figures_of_a_run():
@@ -126,7 +131,9 @@ def test_what_does_not_fit_says_what_to_do():
     assert "mend --config.remat=block" in large and "mend --config.accumulation=2" in large
     refused = said(Compiled(None, "the compiler needs 24.00GiB", {}, 1.0, 1.0))
     assert "DOES NOT FIT the compiler needs 24.00GiB" in refused and "FITS" not in refused.replace("DOES NOT FIT", "")
-    assert "FITS" in said(Compiled(cost(), "", {}, 1.0, 1.0))
+    fits = said(Compiled(cost(), "", {}, 1.0, 1.0))
+    assert "FITS" in fits and "DCN a chip sends to other slices: all-reduce 1 x, 0.312 GB" in fits
+    assert "DCN" not in said(Compiled(cost(between_slices={}), "", {}, 1.0, 1.0))
 
 
 def test_an_activation_that_grows_with_the_devices_is_named():
@@ -291,6 +298,16 @@ def test_a_slice_of_tpus():
     assert found["chip"] == "TPU v5e" and found["fits"] and found["growth"] == []
     assert found["flops"] == pytest.approx(found["needed_flops"], rel=0.2)
     assert 0 < found["mfu"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TPU, reason="needs libtpu: requirements-tpu.txt")
+def test_two_slices_of_tpus():
+    """`data` runs over both: gradients go between them, weights are gathered inside."""
+    found = aot.report(tiny_transformer(dtype="bfloat16"), "2xv5e:2x2", stages=first_stage())
+    assert (found["chips"], found["mesh"]["fsdp"]) == (8, 2)
+    assert found["between_slices"]["all-reduce"]["sent"] > 0 and found["roofline"]["network"] > 0
+    assert "all-gather" not in found["between_slices"] and "all-gather" in found["collectives"]
 
 
 @pytest.mark.slow

@@ -51,3 +51,15 @@ def test_every_product_is_found_with_how_often_it_runs():
     jaxpr = jax.make_jaxpr(f)(jnp.ones((1, 8, 8, 3)), jnp.ones((1, 1, 3, 4)))
     found = [(e.primitive.name, times, roofline.flops_of(e)) for e, times in roofline.products(jaxpr)]
     assert found == [("conv_general_dilated", 1, 2 * 16 * 12), ("dot_general", 5, 2 * 16 * 16)]
+
+
+def test_of_the_ways_of_platforms_the_one_that_is_taken_counts():
+    def f(x):
+        ways = dict(tpu=lambda x: x @ x @ x, cuda=lambda x: x @ x @ x @ x, default=lambda x: x @ x)
+        x = jax.lax.platform_dependent(x, **ways)
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x, x)  # one or the other: the costliest
+
+    jaxpr = jax.make_jaxpr(f)(jnp.ones((4, 4)))
+    counts = {name: roofline.count_flops(jaxpr, name) / (2 * 4**3) for name in ("tpu", "gpu", "cpu")}
+    assert counts == {"tpu": 2 + 1, "gpu": 3 + 1, "cpu": 1 + 1}
+    assert roofline.count_flops(jaxpr) == 2 * 2 * 4**3

@@ -3,12 +3,14 @@
     python -m vqgan_jax.tools.aot --config=configs/paper_transformer.py:class_imagenet --topology=v5e:16x16 \
         --first=configs/paper_vqgan.py:imagenet_f16_1024 --config.cache_codes --config.batch_size=2048
 
-Prints the memory of each chip, work, collectives, and the roofline: time, images/s, MFU and chip-hours at best. Needs
-requirements-tpu.txt; --topology=cpu:8 needs nothing. No data set and no weights are read.
+Prints the memory of each chip, work, collectives, and the roofline: time, images/s, MFU and chip-hours at best.
+--topology=2xv5e:16x16 is two slices, what they send each other (DCN) apart. Needs requirements-tpu.txt;
+--topology=cpu:8 needs nothing. No data set and no weights are read.
 """
 
+import dataclasses
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -113,12 +115,13 @@ def figures(program: Program, compiled: Compiled, chips: int, chip: Chip | None)
         "code": cost.code,
         "flops": cost.flops,
         "memory_moved": cost.memory_moved,
-        "collectives": {kind: {"count": t.count, "sent": t.sent} for kind, t in cost.collectives.items()},
+        "collectives": {kind: dataclasses.asdict(traffic) for kind, traffic in cost.collectives.items()},
+        "between_slices": {kind: dataclasses.asdict(traffic) for kind, traffic in cost.between_slices.items()},
         "unknown_loops": cost.unknown_loops,
     }
     if chip is not None:
         bound = bound_of(cost, chip)
-        found["roofline"] = {"compute": bound.compute, "memory": bound.memory, "links": bound.links}
+        found["roofline"] = dataclasses.asdict(bound)
         found["seconds"] = bound.seconds
         found["images_per_second"] = found["images"] / bound.seconds
         found["mfu"] = found["needed_flops"] / bound.seconds / chip.peak_flops
@@ -153,22 +156,27 @@ def lines(found: dict[str, Any], config: ConfigDict) -> Iterator[tuple[str, str]
     text += f"{found['memory_moved'] / 1e9:.4g} GB of memory traffic"
     loops = found["unknown_loops"]
     yield "work", text + (f"; loops of unknown length, counted once: {loops}" if loops else "")
-    kinds = found["collectives"].items()
-    text = "; ".join(f"{name} {kind['count']:.0f} x, {kind['sent'] / 1e9:.3g} GB" for name, kind in kinds)
-    yield "collectives", f"a chip sends: {text or 'nothing'}; {sent_share(found):.1%} of all bytes moved"
+    yield "collectives", f"a chip sends: {_sent(found['collectives'])}; {sent_share(found):.1%} of all bytes moved"
+    if found["between_slices"]:
+        yield "DCN", f"a chip sends to other slices: {_sent(found['between_slices'])}"
     if "roofline" in found:
         yield from _speed(found)
 
 
 def sent_share(found: dict[str, Any]) -> float:
-    """Share of the bytes moved that goes over links to other chips."""
-    sent = sum(kind["sent"] for kind in found["collectives"].values())
+    """Share of the bytes moved that goes over links, and between slices, to other chips."""
+    sent = sum(kind["sent"] for name in ("collectives", "between_slices") for kind in found[name].values())
     return sent / (sent + found["memory_moved"]) if sent else 0.0
+
+
+def _sent(kinds: Mapping[str, Mapping[str, float]]) -> str:
+    named = (f"{name} {kind['count']:.0f} x, {kind['sent'] / 1e9:.3g} GB" for name, kind in kinds.items())
+    return "; ".join(named) or "nothing"
 
 
 def _speed(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     bound = Bound(**found["roofline"])
-    parts = ", ".join(f"{name} {1e3 * value:.4g}" for name, value in found["roofline"].items())
+    parts = ", ".join(f"{name} {1e3 * value:.4g}" for name, value in found["roofline"].items() if value)
     yield "roofline", f"{parts} ms: at least {1e3 * bound.seconds:.4g} ms, bound by {bound.by}"
     yield "speed", f"at most {found['images_per_second']:.4g} images/s, MFU at most {found['mfu']:.0%}"
     if found["steps"]:

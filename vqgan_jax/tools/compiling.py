@@ -21,7 +21,7 @@ import jax
 
 from vqgan_jax import storage, weights
 from vqgan_jax.hlo import Module
-from vqgan_jax.parallel import exceeds_memory
+from vqgan_jax.parallel import exceeds_memory, platform
 from vqgan_jax.tools.programs import Program
 from vqgan_jax.train.roofline import Cost, Traffic, count_flops, program_cost
 
@@ -56,10 +56,10 @@ def compile_cached(program: Program, *, keep: bool = False) -> Compiled:
     """Compiles a program, or finds what was found before; with `keep` it is always compiled."""
     with jax.set_mesh(program.mesh):
         lowered = program.function.lower(*program.args)
-        needed = count_flops(program.needed())
+        needed = count_flops(program.needed(), platform())
     path = weights.cache_folder() / _FOLDER / f"{_key(program, lowered)}.json"
     if path.exists() and not keep:
-        return _read(json.loads(path.read_text()))
+        return dataclasses.replace(_read(json.loads(path.read_text())), needed_flops=needed)
     start, executable, refused = time.perf_counter(), None, ""
     with _progress():
         try:
@@ -91,12 +91,13 @@ def _key(program: Program, lowered: Any) -> str:
     devices = program.mesh.devices.flat
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu") if _installed(name)}
     flags = {name: os.environ.get(name, "") for name in _FLAGS}
-    place = [devices[0].device_kind, dict(program.mesh.shape), [getattr(d, "coords", d.id) for d in devices]]
+    places = [(getattr(d, "slice_index", 0), getattr(d, "coords", d.id)) for d in devices]
+    place = [devices[0].device_kind, dict(program.mesh.shape), places]
     text = json.dumps([lowered.as_text(), place, versions, flags, _FORMAT])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-_FORMAT = 2  # of what is kept; raise it with the meaning of a figure
+_FORMAT = 3  # of what is kept; raise it with the meaning of a figure
 
 
 def _installed(name: str) -> bool:
@@ -158,7 +159,8 @@ def _write(path: Any, compiled: Compiled) -> None:
 def _read(content: dict[str, Any]) -> Compiled:
     cost = content["cost"]
     if cost is not None:
-        kinds = {name: Traffic(**traffic) for name, traffic in cost["collectives"].items()}
-        cost = Cost(**{**cost, "collectives": kinds})
+        sent = ("collectives", "between_slices")
+        kinds = {key: {name: Traffic(**traffic) for name, traffic in cost[key].items()} for key in sent}
+        cost = Cost(**{**cost, **kinds})
     buffers = {name: tuple(value) for name, value in content["buffers"].items()}
     return Compiled(**{**content, "cost": cost, "buffers": buffers})

@@ -1,4 +1,5 @@
-"""Slices of chips by name ("v5e:16x16"), as devices to compile for on a machine that has none of them."""
+"""Slices of chips by name ("v5e:16x16", two of them "2xv5e:16x16"), as devices to compile for on a machine that has
+none of them."""
 
 import contextlib
 import math
@@ -13,12 +14,15 @@ from vqgan_jax.config import UserError, choose
 
 # What libtpu calls a chip, and how many axes its slices have.
 GENERATIONS = {"v4": ("v4", 3), "v5e": ("v5e", 2), "v5p": ("v5", 3), "v6e": ("v6e", 2)}
-FORMS = "v5e:4x4, v6e:16x16, v4:2x2x4, v5p:4x4x8 (chips along each axis), or cpu:8 (simulated devices)"
-_FORM = re.compile(r"(?P<chip>[a-z0-9]+):(?P<shape>[1-9]\d*(x[1-9]\d*)*)")
+FORMS = (
+    "v5e:4x4, v6e:16x16, v4:2x2x4, v5p:4x4x8 (chips along each axis), 2xv5e:16x16 (two slices), "
+    "or cpu:8 (simulated devices)"
+)
+_FORM = re.compile(r"((?P<slices>[1-9]\d*)x)?(?P<chip>[a-z][a-z0-9]*):(?P<shape>[1-9]\d*(x[1-9]\d*)*)")
 
 
 def devices_of(topology: str) -> list[Any]:
-    """The devices of a slice, in its own order.
+    """The devices of a slice, or of several that a data center's network joins (Multislice), in their own order.
 
     `cpu:N` sets the number of simulated devices, so it must come before the first device is used.
 
@@ -28,13 +32,15 @@ def devices_of(topology: str) -> list[Any]:
     match = _FORM.fullmatch(topology)
     if match is None:
         raise UserError(f"--topology={topology}: is none; write {FORMS}")
-    shape = tuple(int(n) for n in match["shape"].split("x"))
+    shape, slices = tuple(int(n) for n in match["shape"].split("x")), int(match["slices"] or 1)
     if match["chip"] == "cpu":
+        if slices > 1:
+            raise UserError(f"--topology={topology}: simulated devices form no slices; write {FORMS}")
         return _simulated(topology, math.prod(shape))
     name, axes = choose(f"--topology={topology}", match["chip"], GENERATIONS | {"cpu": ("cpu", 1)})
     if len(shape) != axes:
         raise UserError(f"--topology={topology}: slices of {match['chip']} have {axes} axes; write {FORMS}")
-    return _slice(topology, name, shape)
+    return _slices(topology, slices, name, shape)
 
 
 def _simulated(topology: str, count: int) -> list[Any]:
@@ -45,16 +51,16 @@ def _simulated(topology: str, count: int) -> list[Any]:
     return devices[:count]
 
 
-def _slice(topology: str, name: str, shape: tuple[int, ...]) -> list[Any]:
+def _slices(topology: str, slices: int, name: str, shape: tuple[int, ...]) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a compiler holds no chip: two may run at once
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     host = tuple(min(2, n) for n in shape[:2]) + (1,)
-    more: dict[str, Any] = {"chips_per_host_bounds": host}
+    more: dict[str, Any] = {"chips_per_host_bounds": host, "num_slices": slices}
     if len(shape) == 3:
         more |= {"chip_config_name": "megacore", "wrap": tuple(n % 4 == 0 for n in shape)}
     try:
-        slice_ = get_topology_desc(platform="tpu", topology_name=f"{name}:{'x'.join(map(str, shape))}", **more)
+        found = get_topology_desc(platform="tpu", topology_name=f"{name}:{'x'.join(map(str, shape))}", **more)
     except Exception as error:  # of the plugin or of its absence: no class of its own
         text = " ".join(str(error).split())
         if "not installed" in text or "libtpu" in text:
@@ -62,4 +68,4 @@ def _slice(topology: str, name: str, shape: tuple[int, ...]) -> list[Any]:
                 "--topology: the TPU compiler is not installed: pip install -r requirements-tpu.txt (or try cpu:8)"
             ) from None
         raise UserError(f"--topology={topology}: cannot be built ({text[:200]}); write {FORMS}") from None
-    return list(slice_.devices)
+    return list(found.devices)

@@ -1,7 +1,8 @@
 """What chips can do, what a program asks of them, and how long it takes at least: the roofline model.
 
-Figures of the chips: the makers' data sheets, dense bfloat16. FLOPs are counted in the traced program, not asked of
-XLA, whose cost analysis counts the body of a loop once and the kernels of a library not at all.
+Figures of the chips: the makers' data sheets (of TPUs: docs.cloud.google.com/tpu/docs/v6e), dense bfloat16. FLOPs are
+counted in the traced program, not asked of XLA, whose cost analysis counts the body of a loop once and the kernels of a
+library not at all.
 """
 
 import dataclasses
@@ -25,21 +26,23 @@ class Chip:
     memory_bytes: float  # of a TPU what its compiler gives a program
     memory_bandwidth: float
     link_bandwidth: float  # bytes that leave it over all its links to other chips (ICI, NVLink, PCIe)
+    network_bandwidth: float  # its share of what leaves its host, to other slices or nodes (DCN); inf: not published
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("TPU v4", 275e12, 30.75 * 2**30, 1228e9, 300e9),
-        Chip("TPU v5e", 197e12, 15.75 * 2**30, 819e9, 200e9),
-        Chip("TPU v5p", 459e12, 95.74 * 2**30, 2765e9, 600e9),
-        Chip("TPU v6e", 918e12, 31.25 * 2**30, 1638e9, 400e9),
-        Chip("NVIDIA H200", 989e12, 141e9, 4800e9, 450e9),
-        Chip("NVIDIA H100", 989e12, 80e9, 3350e9, 450e9),
-        Chip("NVIDIA A100", 312e12, 80e9, 2039e9, 300e9),
-        Chip("NVIDIA L4", 121e12, 24e9, 300e9, 32e9),
+        Chip("TPU v4", 275e12, 30.75 * 2**30, 1228e9, 300e9, math.inf),
+        Chip("TPU v5e", 197e12, 15.75 * 2**30, 819e9, 200e9, 25e9 / 8),  # hosts of 8 with 200 Gbit/s
+        Chip("TPU v5p", 459e12, 95.74 * 2**30, 2765e9, 600e9, 50e9 / 8),
+        Chip("TPU v6e", 918e12, 31.25 * 2**30, 1638e9, 400e9, 100e9 / 8),  # hosts of 8 with 800 Gbit/s
+        Chip("NVIDIA H200", 989e12, 141e9, 4800e9, 450e9, 400e9 / 8),  # of NVIDIA's own nodes, as H100 and A100
+        Chip("NVIDIA H100", 989e12, 80e9, 3350e9, 450e9, 400e9 / 8),
+        Chip("NVIDIA A100", 312e12, 80e9, 2039e9, 300e9, 200e9 / 8),
+        Chip("NVIDIA L4", 121e12, 24e9, 300e9, 32e9, math.inf),
     )
 }
+PLAIN = "cpu"  # the platform without kernels of its own
 _KINDS = {"TPU v5 lite": "TPU v5e", "TPU v5": "TPU v5p", "TPU v6 lite": "TPU v6e"}  # as JAX calls them
 
 
@@ -57,12 +60,12 @@ def trace_plain(f: Callable[..., Any], *args: Any) -> Any:
       f: a function without jit, or one that was not traced for another platform yet.
       args: arrays or ShapeDtypeStructs, of which the shapes count.
     """
-    one = AbstractMesh((), (), abstract_device=AbstractDevice("cpu", None, "cpu"))
+    one = AbstractMesh((), (), abstract_device=AbstractDevice(PLAIN, None, PLAIN))
     with jax.sharding.use_abstract_mesh(one):
         return jax.make_jaxpr(f)(*jax.tree.map(shape_of, args))
 
 
-def count_flops(jaxpr: Any) -> float:
+def count_flops(jaxpr: Any, platform: str = PLAIN) -> float:
     """FLOPs of all matrix products and convolutions of a traced program, loops times their length, on all devices.
 
     Attention counts in full, masked or not. To count what a model needs, without what rematerialisation adds, trace
@@ -70,21 +73,34 @@ def count_flops(jaxpr: Any) -> float:
 
     Args:
       jaxpr: of `trace_plain`, or of any trace without kernels of a platform.
+      platform: as `parallel.platform`, whose way counts where the program has one for each.
     """
-    return sum(times * flops_of(equation) for equation, times in products(jaxpr))
+    return sum(times * flops_of(equation) for equation, times in products(jaxpr, platform))
 
 
-def products(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
-    """Every matrix product and convolution of a traced program (its equation), with how often it runs."""
+def products(jaxpr: Any, platform: str = PLAIN, times: int = 1) -> Iterator[tuple[Any, int]]:
+    """Every matrix product and convolution of a traced program (its equation) as one platform runs it, with how often
+    it runs."""
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
         if name in ("dot_general", "conv_general_dilated"):
             yield equation, times
-        elif name == "cond":  # one of the branches runs: the costliest
-            yield from products(max(params["branches"], key=count_flops), times)
+        elif name == "cond":  # one of the branches runs: the platform's, or else the costliest
+            taken = _of_platform(params, platform)
+            taken = taken or max(params["branches"], key=lambda branch: count_flops(branch, platform))
+            yield from products(taken, platform, times)
         else:
             for inner in _inner(params):
-                yield from products(inner, times * (params["length"] if name == "scan" else 1))
+                yield from products(inner, platform, times * (params["length"] if name == "scan" else 1))
+
+
+def _of_platform(params: Mapping[str, Any], platform: str) -> Any | None:
+    """Of a `jax.lax.platform_dependent` the branch that a platform takes; None of any other choice."""
+    name = "cuda" if platform == "gpu" else platform  # ROCm's ways are CUDA's here
+    for branch, names in zip(params["branches"], params.get("branches_platforms") or (), strict=False):
+        if names is None or name in names:  # none: for all that are left
+            return branch
+    return None
 
 
 def flops_of(equation: Any) -> float:
@@ -133,7 +149,8 @@ class Cost:
 
     flops: float  # of what is computed, rematerialisation included
     memory_moved: float
-    collectives: Mapping[str, Traffic]
+    collectives: Mapping[str, Traffic]  # by kind, those within a slice
+    between_slices: Mapping[str, Traffic]  # over the data center's network
     arguments: int
     outputs: int  # those that take no argument's place
     temporaries: int
@@ -147,8 +164,13 @@ class Cost:
 
     @property
     def sent(self) -> float:
-        """Bytes of all collectives."""
+        """Bytes of all collectives within a slice."""
         return sum(traffic.sent for traffic in self.collectives.values())
+
+    @property
+    def sent_between_slices(self) -> float:
+        """Bytes of all collectives between slices."""
+        return sum(traffic.sent for traffic in self.between_slices.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,29 +180,34 @@ class Bound:
     compute: float
     memory: float
     links: float
+    network: float  # between slices
 
     @property
     def seconds(self) -> float:
         """What it takes at least."""
-        return max(self.compute, self.memory, self.links)
+        return max(dataclasses.astuple(self))
 
     @property
     def by(self) -> str:
         """The part that takes longest."""
-        return max(("compute", "memory", "links"), key=lambda name: getattr(self, name))
+        parts = dataclasses.asdict(self)
+        return max(parts, key=parts.get)
 
 
 def program_cost(compiled: Any) -> Cost:
     """Reads what `jax.jit(f).lower(*args).compile()` takes of each device off its text and its memory analysis."""
     counts, memory = Module(compiled.as_text()).counts(), compiled.memory_analysis()
-    kinds: dict[str, Traffic] = {}
+    within: dict[str, Traffic] = {}
+    between: dict[str, Traffic] = {}
     for c in counts.collectives.values():
+        kinds = between if c.between_slices else within
         before = kinds.get(c.kind, Traffic(0, 0))
         kinds[c.kind] = Traffic(before.count + c.times, before.sent + c.times * c.sent)
     return Cost(
         flops=counts.flops,
         memory_moved=counts.memory,
-        collectives=dict(sorted(kinds.items())),
+        collectives=dict(sorted(within.items())),
+        between_slices=dict(sorted(between.items())),
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
@@ -192,5 +219,8 @@ def program_cost(compiled: Any) -> Cost:
 def bound_of(cost: Cost, chip: Chip) -> Bound:
     """The roofline of a program on a chip."""
     return Bound(
-        cost.flops / chip.peak_flops, cost.memory_moved / chip.memory_bandwidth, cost.sent / chip.link_bandwidth
+        cost.flops / chip.peak_flops,
+        cost.memory_moved / chip.memory_bandwidth,
+        cost.sent / chip.link_bandwidth,
+        cost.sent_between_slices / chip.network_bandwidth,
     )
