@@ -4,8 +4,10 @@
     launch/gke.py --name=vqgan --image=IMAGE --tpu=v5e-16 --slices=2 -- python train_vqgan.py --workdir=gs://B/x ...
 
 kubectl must point at the cluster (gcloud container clusters get-credentials), which needs the JobSet operator. Exit
-code 42 (preempted, saved) and lost nodes restart all slices, however often; crashes --restarts times. What is compiled
-is kept beside the command's --workdir or --out, for restarts to find; --env=JAX_COMPILATION_CACHE_DIR=... names another
+codes 42 (preempted, saved) and 200 (a storage that does not answer) and lost nodes restart all slices, however often;
+crashes, and hosts that left because others were gone (134), --restarts times in the JobSet's life, which has no other
+count: 134 is also what the others end with where one has a mistake of the user. What is compiled is
+kept beside the command's --workdir or --out, for restarts to find; --env=JAX_COMPILATION_CACHE_DIR=... names another
 place. No more is imported than PyYAML, so that it runs where JAX does not.
 
 Through xpk the rules are xpk's own: exit code 42, what was killed (127 and above) and lost nodes restart all slices, at
@@ -26,7 +28,9 @@ from typing import Any, NamedTuple
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-PREEMPTED, USER_ERROR, CRASHED = 42, 2, 1  # exit codes, as of the training scripts
+USER_ERROR, CRASHED = 2, 1  # exit codes, as of the training scripts; and those that are not the command's fault:
+FREE = (42, 200)
+GRACE = 330  # seconds: the 300 that hosts may wait for host 0 to seal the last checkpoint, and a step
 CONTAINER = "main"
 COMMAND = "command"  # the annotation that tells jobs of one name apart
 CACHE = "JAX_COMPILATION_CACHE_DIR"
@@ -138,7 +142,7 @@ def manifest(args: argparse.Namespace) -> dict[str, Any]:
             "rules": [
                 {
                     "action": "FailJob",
-                    "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [PREEMPTED]},
+                    "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": list(FREE)},
                 },
                 {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             ]
@@ -278,8 +282,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tpu", default="", help="v4-32, v5e-16, v5p-64, v6e-16, ...")
     parser.add_argument("--slices", type=int, default=1, help="more than one: Multislice")
     parser.add_argument("--spot", action="store_true", help="on spot nodes")
-    parser.add_argument("--restarts", type=int, help="of crashes (3); preemptions do not count; not of --xpk")
-    parser.add_argument("--grace", type=int, default=60, help="seconds between SIGTERM and SIGKILL")
+    parser.add_argument(
+        "--restarts", type=int, help="of crashes and lost hosts (10); exit codes 42 and 200 do not count; not of --xpk"
+    )
+    parser.add_argument(
+        "--grace",
+        type=int,
+        default=GRACE,
+        help="seconds between SIGTERM and SIGKILL",
+    )
     parser.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="environment; any number of them"
     )
@@ -319,7 +330,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if not given:
             raise LaunchError(complaint)
     slice_of(args.tpu)
-    args.restarts = 3 if args.restarts is None else args.restarts
+    args.restarts = 10 if args.restarts is None else args.restarts
     return args
 
 

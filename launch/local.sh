@@ -7,13 +7,14 @@
 #   --devices=N     so many devices a process: CPUs are simulated, of GPUs each process sees its own (all)
 #   --port=N        where several processes meet (a free one)
 #   --restarts=N    how often a crash is restarted (3); exit code 42 (preempted, saved) always is, 2 (a user's error) never
+#   --lasting=SECONDS   crashes count anew after an attempt that lasted so long (3600)
 #   --grace=SECONDS how long processes may go on once one of them has failed (120)
 #   --with-parent   stop as after SIGTERM when what has started this has ended
 #   --name=NAME     shown in messages
 #   --dry-run       print what would run
 set -euo pipefail
 
-processes=1 devices='' port='' restarts=3 grace=120 name=job with_parent='' dry_run=''
+processes=1 devices='' port='' restarts=3 lasting=3600 grace=120 name=job with_parent='' dry_run=''
 
 fail() {
   echo "error: $1" >&2
@@ -26,6 +27,7 @@ while (($#)); do
     --devices=*) devices=${1#*=} ;;
     --port=*) port=${1#*=} ;;
     --restarts=*) restarts=${1#*=} ;;
+    --lasting=*) lasting=${1#*=} ;;
     --grace=*) grace=${1#*=} ;;
     --name=*) name=${1#*=} ;;
     --with-parent) with_parent=$PPID ;;
@@ -37,7 +39,7 @@ while (($#)); do
   shift
 done
 (($#)) || fail 'no command; write it behind --'
-for number in "$processes" "$restarts" "$grace" "${devices:-1}" "${port:-1}"; do
+for number in "$processes" "$restarts" "$lasting" "$grace" "${devices:-1}" "${port:-1}"; do
   [[ $number =~ ^[0-9]+$ ]] || fail "'$number' is no whole number"
 done
 ((processes > 0)) || fail '--processes=0 runs nothing'
@@ -114,9 +116,11 @@ fi
 given_port=$port crashes=0
 while :; do
   ((processes == 1)) || port=${given_port:-$(free_port)}
+  began=$SECONDS
   run "$@"
   ((code)) || exit 0
   if [[ $stopped ]] || ((code == 2)); then exit "$code"; fi
+  if ((SECONDS - began >= lasting)); then crashes=0; fi
   if ((code == 42)); then
     echo "$name: preempted and saved; restarted" >&2
   elif ((crashes < restarts)); then

@@ -8,6 +8,7 @@
 #   --project=ID    of Google Cloud (that of gcloud's configuration)
 #   --spot          preemptible; a slice that is taken away is created anew and the command goes on
 #   --restarts=N    how often a crash is restarted (3); exit code 42 (preempted, saved) always is, 2 (a user's error) never
+#   --lasting=SECONDS   crashes count anew after an attempt that lasted so long (3600)
 #   --env=K=V       an environment variable of the command; any number of them. Unless JAX_COMPILATION_CACHE_DIR is one,
 #                   what is compiled is kept beside a --workdir or --out in a bucket, for a new slice to find
 #   --runtime=NAME  another software version of the VM than the type's usual one
@@ -18,7 +19,7 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-name='' zone='' tpu='' project='' runtime='' spot='' restarts=3 poll=30 keep='' only='' dry_run='' variables=()
+name='' zone='' tpu='' project='' runtime='' spot='' restarts=3 lasting=3600 poll=30 keep='' only='' dry_run='' variables=()
 
 fail() {
   echo "error: $1" >&2
@@ -33,6 +34,7 @@ while (($#)); do
     --project=*) project=${1#*=} ;;
     --runtime=*) runtime=${1#*=} ;;
     --restarts=*) restarts=${1#*=} ;;
+    --lasting=*) lasting=${1#*=} ;;
     --poll=*) poll=${1#*=} ;;
     --only=*) only=${1#*=} ;;
     --env=*=*) variables+=("${1#*=}") ;;
@@ -46,6 +48,7 @@ while (($#)); do
   shift
 done
 [[ $name ]] || fail '--name is missing: what to call the slice'
+[[ $lasting =~ ^[0-9]+$ ]] || fail "--lasting=$lasting is no whole number"
 [[ $zone ]] || fail '--zone is missing: where the slice shall be, such as us-central1-a'
 [[ $only =~ ^(|create|install|run|delete)$ ]] || fail "--only=$only: create, install, run or delete"
 if [[ ! $only || $only == run ]] && ((!$#)); then fail 'no command; write it behind --'; fi
@@ -206,8 +209,10 @@ while :; do
     await_answer
     [[ $now != ACTIVE ]] || fail 'could not start the command; look above'
   fi
+  began=$SECONDS
   follow
   if [[ $dry_run ]]; then break; fi
+  if ((SECONDS - began >= lasting)); then crashes=0; fi
   case $code in
     0 | 2) break ;;
     '')

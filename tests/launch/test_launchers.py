@@ -16,6 +16,8 @@ import yaml
 from launch import gke
 from tests.launch.conftest import ROOT
 from tests.launch.jobset import faults
+from vqgan_jax.exit_codes import PREEMPTED, STORAGE
+from vqgan_jax.train.checkpoints import SEAL_SECONDS
 
 COMMAND = ("python", "train_vqgan.py", "--workdir=gs://b/a run", "--config.x=(1, 2)", "it's $HOME; `x`")
 SHELLS = ("launch/local.sh", "launch/tpu_vm.sh", "launch/slurm.sbatch")
@@ -108,6 +110,16 @@ def test_local_restarts_what_should_be(fakes, tmp_path, codes, runs, ends):
     assert result.returncode == ends and (tmp_path / "n").read_text() == str(runs)
 
 
+def test_local_counts_crashes_anew_after_an_attempt_that_lasted(fakes, tmp_path):
+    """One restart is allowed: the second crash ends the job only where the attempts were short."""
+    program = f"import pathlib, sys, time; p = pathlib.Path({str(tmp_path / 'n')!r}); time.sleep(1.1); "
+    program += "n = int(p.read_text()) if p.exists() else 0; p.write_text(str(n + 1)); sys.exit([3, 3, 0][n])"
+    line = ("--restarts=1", "--", sys.executable, "-c", program)
+    assert fakes.run("launch/local.sh", "--lasting=1", *line).returncode == 0
+    (tmp_path / "n").unlink()
+    assert fakes.run("launch/local.sh", *line).returncode == 3
+
+
 def started(tmp_path, count):
     for _ in range(600):
         if len(list(tmp_path.glob("started*"))) == count:
@@ -198,12 +210,18 @@ def test_preemption_restarts_the_jobset_and_a_crash_counts(fakes):
     exits, lost = job["podFailurePolicy"]["rules"]
     assert exits == {
         "action": "FailJob",
-        "onExitCodes": {"containerName": "main", "operator": "In", "values": [42]},
+        "onExitCodes": {"containerName": "main", "operator": "In", "values": [PREEMPTED, STORAGE]},
     }
     assert lost["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     policy = spec["failurePolicy"]
     assert policy["maxRestarts"] == 5 and policy["rules"][0]["action"] == "RestartJobSetAndIgnoreMaxRestarts"
     assert policy["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
+
+
+def test_a_pod_may_wait_for_its_checkpoint_to_be_sealed(fakes):
+    fakes.run("launch/gke.py", *GKE, "--", *COMMAND)
+    job = yaml.safe_load(fakes.applied)["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["template"]["spec"]["terminationGracePeriodSeconds"] > SEAL_SECONDS
 
 
 def test_the_schema_finds_typos():
@@ -472,6 +490,11 @@ def test_tpu_vm_restarts_what_should_be(fakes, codes, runs, ends):
     assert names[-1] == "delete" and "create" not in names
 
 
+def test_tpu_vm_counts_crashes_anew_after_an_attempt_that_lasted(fakes):
+    answer_tpu(fakes, [("ACTIVE", 0)], codes=[(code, 0) for code in "1110"])
+    assert fakes.run("launch/tpu_vm.sh", *TPU, "--restarts=1", "--lasting=0", "--", *COMMAND).returncode == 0
+
+
 def test_tpu_vm_stays_after_a_failed_installation(fakes):
     answer_tpu(fakes, [("ACTIVE", 0)])
     fakes.answer("scp", answers=[("", 1)])
@@ -520,7 +543,7 @@ def test_slurm_submits_itself(fakes):
     (call,) = fakes.calls
     assert result.stdout == "123\n"
     assert call[:5] == ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=8", "--job-name=job"]
-    assert call[5] == "--export=ALL,LAUNCH_RESTARTS=7" and call[7:] == list(COMMAND)
+    assert call[5] == "--export=ALL,LAUNCH_RESTARTS=7,LAUNCH_LASTING=3600" and call[7:] == list(COMMAND)
     assert call[6].endswith("launch/slurm.sbatch")
     printed = lines(fakes.run("launch/slurm.sbatch", *flags, "--dry-run", "--", *COMMAND))
     assert printed == [call] and len(fakes.calls) == 1
@@ -546,6 +569,17 @@ def test_slurm_requeues_what_should_be(fakes, tmp_path, codes, requeued):
         assert calls[0][0] == "srun" and calls[0][-len(COMMAND) :] == list(COMMAND)
         assert (["scontrol", "requeue", "9"] in calls) == again
     assert not list(tmp_path.glob(".launch*"))  # the count went with the job
+
+
+def test_slurm_counts_crashes_anew_after_an_attempt_that_lasted(fakes, tmp_path):
+    """Also after one that was preempted in the end."""
+    attempts = ((1, "0", True), (1, "0", True), (42, "0", True), (1, "3600", True), (1, "3600", False))
+    fakes.answer("srun", answers=[("", code) for code, _, _ in attempts])
+    for _, lasting, again in attempts:
+        job = in_job(tmp_path, LAUNCH_RESTARTS="1", LAUNCH_LASTING=lasting)
+        before = len(fakes.calls)
+        fakes.run("launch/slurm.sbatch", *COMMAND, **job)
+        assert (["scontrol", "requeue", "9"] in fakes.calls[before:]) == again
 
 
 def test_slurm_does_not_requeue_what_was_cancelled(fakes, tmp_path):
@@ -636,7 +670,7 @@ def test_the_image_installs_the_lock_file_and_leaves_the_rest_out():
 
 @pytest.mark.slow
 def test_two_processes_train_through_the_launcher(tmp_path):
-    """The same command as for one, killed from outside at no step in particular, goes on and ends as one run does."""
+    """The same command as for one forms one job of two. (That it survives kills is in tests/train/test_drills.py.)"""
     command = [
         *(sys.executable, "train_vqgan.py", "--config=configs/demo_vqgan.py:runlocal", f"--workdir={tmp_path / 'run'}"),
         *("--config.images_shown=0", "--config.model.autoencoder.channels=32"),
