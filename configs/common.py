@@ -359,7 +359,8 @@ def run_local(config: ConfigDict) -> ConfigDict:
     config.steps, config.batch_size, config.accumulation, config.eval_examples = "2", 8, 1, 16
     config.log_every, config.eval_every, config.save_every, config.images_every = "1", "2", "2", "2"
     config.fid_every = "0"  # needs weights
-    config.data.source, config.data.train_examples, config.data.val_examples = "scenes", 32, 16
+    config.data.source, config.data.classes = "scenes", ""  # whose classes are others
+    config.data.train_examples, config.data.val_examples = 32, 16
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
     return config
 

@@ -27,6 +27,7 @@ CONDITIONS = {
     # Several at once, each under a name of its own.
     "class_segmentation": dict(name="joint", label=_LABEL, map=_MAP),
     "objects_coordinates": dict(name="joint", boxes=_BOXES | dict(crop=True), place=_PLACE),
+    "segmentation_coordinates": dict(name="joint", map=_MAP, place=_PLACE),
 }
 
 

@@ -41,7 +41,9 @@ def test_cached_scenes_are_the_rendered_ones_and_are_rendered_once(cache, monkey
 
 
 def test_scenes_splits_are_disjoint_and_keyed_by_all_that_matters(cache):
-    data = ConfigDict(dict(source="scenes", train_examples=6, val_examples=4, image_size=8, resize_to=0, seed=1))
+    data = ConfigDict(
+        dict(source="scenes", train_examples=6, val_examples=4, image_size=8, resize_to=0, seed=1, classes="")
+    )
     train, val = (open_source(data, split) for split in ("train", "val"))
     assert len(train) == 6 and len(val) == 4 and train.classes == scenes.CLASSES
     pictures = [source[i]["image"].tobytes() for source in (train, val) for i in range(len(source))]
@@ -50,6 +52,34 @@ def test_scenes_splits_are_disjoint_and_keyed_by_all_that_matters(cache):
     assert open_source(data, "val")[0]["image"].shape == (12, 12, 3)
     ScenesSource(6, 8, 2, "train"), ScenesSource(7, 8, 1, "train"), ScenesSource(6, 9, 1, "train")
     assert len(list(cache.iterdir())) == 6
+
+
+def test_scenes_of_some_classes_are_scenes_of_the_whole_world(cache):
+    """They keep their labels; the training split and the other never share one."""
+    data = ConfigDict(
+        dict(
+            source="scenes",
+            train_examples=5,
+            val_examples=3,
+            image_size=8,
+            resize_to=0,
+            seed=1,
+            classes="night_lake, 0",
+        )
+    )
+    train, val = (open_source(data, split) for split in ("train", "val"))
+    labels = [scenes.render(1, index, 8, 8)["label"] for index in range(100)]
+    kept = {0, scenes.CLASSES.index("night_lake")}
+    indices = [index for index, label in enumerate(labels) if label in kept][:5]
+    for i, index in enumerate(indices):
+        assert scenes.label_of(1, index) == labels[index]
+        assert_same_example(train[i], scenes.render(1, index, 8, 8))
+    assert len(train) == 5 and len(val) == 3 and {val[i]["label"] for i in range(3)} <= kept
+    whole = ScenesSource(5, 8, 1, "train")
+    assert whole[0]["label"] == labels[0] and len(list(cache.iterdir())) == 3
+    data.classes = "noon"
+    with pytest.raises(UserError, match="config.data.classes: unknown name 'noon'"):
+        open_source(data, "train")
 
 
 def test_a_changed_renderer_is_another_cache(cache, tmp_path, monkeypatch):

@@ -311,6 +311,20 @@ def _paint_house(canvas: _Canvas, colours: _Palette, stand: _Stand, depth: float
         canvas.paint(thing, canvas.cover(shape * size), colour, depth, window)
 
 
+def _generator(seed: int, index: int) -> np.random.Generator:
+    """Of everything in a scene."""
+    return np.random.Generator(np.random.PCG64([seed, index]))
+
+
+def _draw_label(rng: np.random.Generator) -> int:
+    return int(rng.integers(len(CLASSES)))
+
+
+def label_of(seed: int, index: int) -> int:
+    """The label of scene `index`, into CLASSES, without drawing the scene."""
+    return _draw_label(_generator(seed, index))
+
+
 def render(seed: int, index: int, height: int = 64, width: int = 64) -> dict:
     """Draws scene `index` >= 0 of the stream `seed` >= 0 at any size; equal aspects give the same scene.
 
@@ -323,8 +337,8 @@ def render(seed: int, index: int, height: int = 64, width: int = 64) -> dict:
         box_classes: int32 [n] into BOX_CLASSES.
         keypoints: float32 [n, 3], x, y and whether it is seen, see scene_points.py; keypoints_mirrored: int32 [n].
     """
-    rng = np.random.Generator(np.random.PCG64([seed, index]))
-    label = int(rng.integers(len(CLASSES)))
+    rng = _generator(seed, index)
+    label = _draw_label(rng)
     name, ground = CLASSES[label].split("_")
     time, table = _TIMES[name], _TABLE[list(_TIMES).index(name)]
     tint = rng.uniform(-0.03, 0.03, table.shape).astype(np.float32)

@@ -5,7 +5,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from vqgan_jax.config import UserError
 from vqgan_jax.data import scene_points, scenes
 from vqgan_jax.data.source import Example
+from vqgan_jax.data.tables import select
 from vqgan_jax.weights import cache_folder
 
 VAL_START = 1 << 30  # the first scene of the validation split: no training split reaches it
@@ -30,7 +31,8 @@ def open_scenes(data: ConfigDict, split: str) -> "ScenesSource":
     """Opens the split "train" or "val" of the scenes that `config.data` describes, in the size before a crop."""
     size = data.image_size if isinstance(data.image_size, int) else max(data.image_size)
     size = max(size, data.resize_to)
-    return ScenesSource(data[f"{split}_examples"], size, data.seed, split)
+    kept = select(data.classes, scenes.CLASSES, {}) if data.classes else ()
+    return ScenesSource(data[f"{split}_examples"], size, data.seed, split, tuple(kept))
 
 
 class ScenesSource:
@@ -45,6 +47,7 @@ class ScenesSource:
       size: height and width in pixels.
       seed: the seed of the whole world of scenes, shared by both splits.
       split: "train" or "val".
+      kept: labels of the scenes to keep, which stay the same; () keeps all.
     """
 
     classes = scenes.CLASSES
@@ -54,11 +57,14 @@ class ScenesSource:
         "keypoints": scene_points.names(scene_points.slots(aspect=1)),
     }
 
-    def __init__(self, count: int, size: int, seed: int, split: str):
+    def __init__(self, count: int, size: int, seed: int, split: str, kept: tuple[int, ...] = ()):
         if not 0 < count <= VAL_START:
             raise UserError(f"config.data.{split}_examples: takes 1 to {VAL_START} scenes, got {count}")
         self.count, self.size, self.seed = count, size, seed
-        self.start = VAL_START if split == "val" else 0
+        start = VAL_START if split == "val" else 0
+        wanted = (n for n in itertools.count(start) if scenes.label_of(seed, n) in kept)
+        self._indices = list(itertools.islice(wanted, count)) if kept else range(start, start + count)
+        self._kept = kept
         self._folder = self._cached_folder(split)
         self._arrays = _open_arrays(self._folder)
 
@@ -69,8 +75,9 @@ class ScenesSource:
         if not 0 <= index < self.count:
             raise IndexError(index)
         if self._arrays is None:
-            return scenes.render(self.seed, self.start + index, self.size, self.size)
-        example = {key: np.array(array[index]) for key, array in self._arrays.items()}
+            return scenes.render(self.seed, self._indices[index], self.size, self.size)
+        # Views: of a large scene a crop reads its own part of the file alone.
+        example = {key: np.asarray(array[index]) for key, array in self._arrays.items()}
         real = example["box_classes"] >= 0
         return example | {
             "label": int(example["label"]),
@@ -94,7 +101,8 @@ class ScenesSource:
         code = b"".join(Path(module.__file__).read_bytes() for module in (scenes, scene_points))
         renderer = hashlib.sha256(code).hexdigest()[:12]
         root = cache_folder() / "scenes"
-        folder = root / f"{renderer}-seed{self.seed}-{self.size}px-{split}-{self.count}"
+        of = "".join(f"-{label}" for label in self._kept)
+        folder = root / f"{renderer}-seed{self.seed}-{self.size}px-{split}-{self.count}{of}"
         if folder.is_dir():
             return folder
         try:
@@ -149,18 +157,17 @@ class ScenesSource:
 
     def _render_all(self) -> Iterator[Example]:
         size, seed = itertools.repeat(self.size), itertools.repeat(self.seed)
-        stop = self.start + self.count
-        ranges = [range(first, min(first + _CHUNK, stop)) for first in range(self.start, stop, _CHUNK)]
-        workers = min(cores(), len(ranges) // 8)  # starting a process costs as much as a few hundred scenes
+        chunks = [self._indices[first : first + _CHUNK] for first in range(0, self.count, _CHUNK)]
+        workers = min(cores(), len(chunks) // 8)  # starting a process costs as much as a few hundred scenes
         if workers < 2:
-            yield from itertools.chain.from_iterable(map(_render_range, ranges, size, seed))
+            yield from itertools.chain.from_iterable(map(_render_all_of, chunks, size, seed))
             return
         # Spawned, because forking a process in which JAX runs threads can hang.
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            yield from itertools.chain.from_iterable(pool.map(_render_range, ranges, size, seed))
+            yield from itertools.chain.from_iterable(pool.map(_render_all_of, chunks, size, seed))
 
 
-def _render_range(indices: range, size: int, seed: int) -> list[Example]:
+def _render_all_of(indices: Sequence[int], size: int, seed: int) -> list[Example]:
     return [scenes.render(seed, index, size, size) for index in indices]
 
 
