@@ -5,7 +5,7 @@
     python sample.py --workdir=runs/semantic --out=held_out                              # held-out segmentations
     python sample.py --workdir=runs/semantic --out=mine --condition=masks/ --each=4      # or of depth, edges, low_res
     python sample.py --workdir=runs/superres --out=large --condition=small.png
-    python sample.py --workdir=runs/edges --out=redrawn --condition=photos/*.jpg --derive
+    python sample.py --workdir=runs/edges --out=redrawn --condition='photos/*.jpg' --derive
     python sample.py --workdir=runs/layout --out=layout --condition=boxes.json
     python sample.py --workdir=runs/gpt --out=halves --given=val                         # the lower half anew
     python sample.py --workdir=runs/gpt --out=mended --given=photo.jpg --mask=hole.png --each=8 --paste
@@ -43,6 +43,7 @@ from vqgan_jax.train.setup import DTYPES
 
 FLAGS = flags.FLAGS
 MOST_PIXELS = 8192  # a side
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 def sample(
@@ -61,12 +62,15 @@ def sample(
     best: bool,
     dtype: str,
     mesh: Mapping[str, int],
+    first_stage: str = "",
 ) -> epath.Path:
     """Samples and writes the images that the folder does not hold yet; returns the folder. Arguments: the flags'."""
     path = cli.check_workdir(out, "--out")
 
     # Model
-    trained = pretrained.open_transformer(workdir, key="--workdir", best=best, dtype=DTYPES[dtype])
+    trained = pretrained.open_transformer(
+        workdir, key="--workdir", best=best, dtype=DTYPES[dtype], first_stage=first_stage
+    )
     model, factor = trained.model, trained.model.first_stage.factor
     if strategy.guided:
         _ = model.null_condition  # raises before anything is drawn, where the model has none
@@ -88,14 +92,20 @@ def sample(
         "decode": decode,
         "dtype": dtype,
         **request.record,
+        **({"centre": "lower"} if "boxes" in model.condition.keys and grid != model.config.grid else {}),
+        **({"first_stage": str(storage.absolute(first_stage))} if first_stage else {}),
     }
 
+    def finish(index: int, picture: np.ndarray) -> np.ndarray:
+        return images.centre_crop(request.finished(index, picture), height, width)
+
     # Sampling
-    with SampleFolder(path, settings) as folder:
+    with SampleFolder(path, settings, later=("decode",)) as folder:
         share = host_share(number, jax.process_index(), jax.process_count())
         missing = np.array([index for index in share if index not in folder.done], int)
         done = len(share) - len(missing)
-        with tqdm(total=len(share), initial=done, desc="sample", unit="image", disable=not len(missing)) as bar:
+        shown = {"desc": "sample", "unit": "image", "bar_format": BAR, "disable": not len(missing)}
+        with tqdm(total=len(share), initial=done, **shown) as bar:
             start = 0
             large = LargeOptions(
                 stride=stride,
@@ -103,6 +113,7 @@ def sample(
                 tiles=decode == "tiles",
                 folder=folder,
                 every=every,
+                finish=finish,
                 progress=lambda share: bar.update(done + start + share * min(batch, len(missing) - start) - bar.n),
                 announce=bar.write,
             )
@@ -119,14 +130,18 @@ def sample(
             )
             for pictures in batches:
                 for index, picture in zip(missing[start:], pictures, strict=False):
-                    folder.write(index, images.centre_crop(request.finished(index, picture), height, width))
+                    folder.write(index, finish(index, picture))
                 start += len(pictures)
                 bar.update(done + start - bar.n)
     multihost_utils.sync_global_devices("every image is written")
 
     # Sheets
     if jax.process_index() == 0:
-        folder.write_arrays(number, **request.arrays())
+        arrays = request.arrays()
+        for name, x in arrays.items():
+            if x.shape[1:3] == request.size:
+                arrays[name] = np.stack([images.centre_crop(picture, height, width) for picture in x])
+        folder.write_arrays(number, **arrays)
         images.save_png(path / SHEET, draw_sheet(folder, request, trained))
         print(f"{number} images ({done} of this host's were there) in {path}")
     return path
@@ -153,6 +168,11 @@ def define_flags() -> None:
         "pretrained", None, sorted(published.MODELS), "In its place a published model, fetched into the cache folder."
     )
     flags.DEFINE_string("out", None, "Folder to write to.")
+    flags.DEFINE_string(
+        "first_stage",
+        "",
+        "VQGAN of the same codes to decode with, such as one whose decoder was trained on.",
+    )
     define_request_flags()
     flags.DEFINE_integer("batch", 16, "Images sampled at once.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of the run; image i depends on the seed and on i alone.", 0, 2**31 - 1)
@@ -184,7 +204,7 @@ def main() -> None:
     if bool(FLAGS.workdir) == bool(FLAGS.pretrained):
         raise UserError("--workdir: name a trained transformer, or with --pretrained a published one, and not both")
     workdir = FLAGS.workdir or str(published.published(FLAGS.pretrained, flag="--pretrained"))
-    same = ("batch", "seed", "size", "stride", "decode", "memory", "every", "best", "dtype")
+    same = ("first_stage", "batch", "seed", "size", "stride", "decode", "memory", "every", "best", "dtype")
     sample(
         workdir,
         FLAGS.out,

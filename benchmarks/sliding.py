@@ -1,35 +1,39 @@
 """What a picture beyond the trained size costs: a window a token, rows at once, and block windows.
 
-    python -m benchmarks.sliding --devices=2                        (a small model on a CPU of two cores: minutes)
+    python -m benchmarks.sliding --devices=2                        (the demo's model on a CPU of two cores: minutes)
+    python -m benchmarks.sliding --models=small --devices=2 --batches=8 --steps=8
     python -m benchmarks.sliding --models=307M --dtypes=bfloat16    (GPUs)
     python -m benchmarks.sliding --sizes=1024x1024 --ways=serial,wavefront --batches=1
 
-The model is the paper's for depth maps (256 condition tokens before a window of 16 x 16 codes, 16 pixels a code), or
-one of its layout and the size of the demo's. A picture is drawn in parts of a few kinds, each one program: one part of
-every kind is timed (the fastest of `--repeats`, after a run that compiles) and counts as often as the picture has parts
-of its kind; the last column says how many of how many parts were run. Windows are spread over the devices; one token
-after the other has one window a picture, and runs on one device where the batch does not divide. XLA runs a small
-model's operations on one core, so a CPU is cut into as many devices as it has cores. Parameters are random; codes
-alone, without decoding them. "Of a matmul" is the floating-point operations that drawing needs (no idle windows, each
-as short as can be) over the time, as a share of the rate of a large matrix product in the same run. Keep the machine
-idle meanwhile.
+307M is the paper's model for depth maps: 256 condition tokens before a window of 16 x 16 codes, 16 pixels a code; small
+has its layout and the demo's size; demo is the demo's, a class before a window of 8 x 8 codes, 8 pixels a code; tiny an
+eighth of that. A picture is drawn in parts of a few kinds, each one program: one part of every kind is timed (the
+fastest of `--repeats`, after a run that compiles) and counts as often as the picture has parts of its kind; the last
+column says how many of how many parts were run. A part of serial and wavefront is `--steps` of them; fewer are timed
+sooner. Windows are spread over the devices; one token after the other has one window a picture, and runs on one device
+where the batch does not divide. XLA runs a small model's operations on one core, so a CPU is cut into as many devices
+as it has cores. Parameters are random; codes alone, without decoding them. "Of a matmul" is the floating-point
+operations that drawing needs (no idle windows, each as short as can be) over the time, as a share of the rate of a
+large matrix product in the same run. Keep the machine idle meanwhile.
 """
 
 import argparse
 import itertools
 import os
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from benchmarks.machine import matmul_rate
 from benchmarks.sampling import initial, row
-from configs import paper_transformer, paper_vqgan
+from configs import demo_transformer, demo_vqgan, paper_transformer, paper_vqgan
 from vqgan_jax import cli, parallel
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
 from vqgan_jax.sampling.blocks import Blocks
@@ -39,22 +43,48 @@ from vqgan_jax.tokenizer import Tokenizer
 from vqgan_jax.train.setup import DTYPES
 from vqgan_jax.transformer import ImageTransformer, TransformerConfig
 
-PAPER = "depth_imagenet"  # row of configs/paper_transformer.py
-MODELS = {"small": (4, 4, 128), "307M": (24, 16, 1024)}  # layers, heads, width
-FACTOR = 16  # pixels a code
 WAYS = {"serial": dict(serial=True), "wavefront": {}, "stride 4": dict(stride=4), "stride 8": dict(stride=8)}
 
 
+def _paper() -> tuple[ConfigDict, ConfigDict, dict[str, ConfigDict]]:
+    row = paper_transformer.ROWS["depth_imagenet"]
+    first, depth = (paper_vqgan.get_config(name).model for name in (row.first, row.cond))
+    return paper_transformer.get_config("depth_imagenet").model, first, {"depth": depth}
+
+
+def _demo() -> tuple[ConfigDict, ConfigDict, dict[str, ConfigDict]]:
+    return demo_transformer.get_config().model, demo_vqgan.get_config().model, {}
+
+
+class Model(NamedTuple):
+    """A row: `layout` gives `config.model` of the transformer, of its first stage, and of its conditions' stages."""
+
+    layout: Callable[[], tuple[ConfigDict, ConfigDict, dict[str, ConfigDict]]]
+    layers: int
+    heads: int
+    width: int
+
+
+MODELS = {
+    "tiny": Model(_demo, 2, 4, 64),
+    "demo": Model(_demo, 4, 4, 128),
+    "small": Model(_paper, 4, 4, 128),
+    "307M": Model(_paper, 24, 16, 1024),
+}
+
+
 def build(name: str, dtype: Any) -> ImageTransformer:
-    """The depth-conditional transformer of the paper, at this size."""
-    gpt = (config := paper_transformer.get_config(PAPER).model).transformer
-    gpt.layers, gpt.heads, gpt.width = MODELS[name]
-    rows = paper_transformer.ROWS[PAPER]
-    first, depth = (
-        Tokenizer(VQGAN(VQGANConfig.from_config(paper_vqgan.get_config(stage).model, key="model")))
-        for stage in (rows.first, rows.cond)
+    """One of MODELS."""
+    row = MODELS[name]
+    config, *stages = row.layout()
+    gpt = config.transformer
+    gpt.layers, gpt.heads, gpt.width = row.layers, row.heads, row.width
+    first, conditions = jax.tree.map(
+        lambda stage: Tokenizer(VQGAN(VQGANConfig.from_config(stage, key="model"))),
+        stages,
+        is_leaf=lambda x: isinstance(x, ConfigDict),
     )
-    return ImageTransformer(TransformerConfig.from_config(config), first, {"depth": depth}, dtype=dtype)
+    return ImageTransformer(TransformerConfig.from_config(config), first, conditions, dtype=dtype)
 
 
 def flops(model: ImageTransformer, grid: tuple[int, int], stride: int) -> float:
@@ -86,11 +116,12 @@ def seconds(
     batch: int,
     top_k: int,
     repeats: int,
+    steps: int,
 ) -> tuple[float, int, int]:
     """Seconds of a batch of pictures, and how many parts were run of how many."""
     alone = "serial" in way and batch % jax.device_count()
     mesh = parallel.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:1] if alone else None)
-    sampler = LargeSampler(model, grid, **way, multiple=1 if "serial" in way else mesh.size)
+    sampler = LargeSampler(model, grid, **way, multiple=1 if "serial" in way else mesh.size, steps=steps)
     with jax.set_mesh(mesh):
         return _seconds(sampler, jax.device_put(params, NamedSharding(mesh, P())), batch, top_k, repeats)
 
@@ -114,13 +145,14 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sliding", description=__doc__.partition("\n")[0])
     words = lambda text: text.split(",")  # noqa: E731
-    parser.add_argument("--models", type=words, default=["small"], help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--models", type=words, default=["demo"], help=f"of {', '.join(MODELS)}")
     parser.add_argument("--dtypes", type=words, default=["float32"], help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--sizes", type=words, default=["512x512", "1024x1024", "2048x512"], help="WIDTHxHEIGHT")
     parser.add_argument("--ways", type=words, default=list(WAYS), help=f"of {', '.join(WAYS)}")
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8])
     parser.add_argument("--top_k", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=64, help="of serial and wavefront that are timed at once")
     parser.add_argument("--devices", type=int, default=0, help="simulated, of a CPU")
     args = parser.parse_args()
     if args.devices:
@@ -136,10 +168,11 @@ def main() -> None:
         model = build(name, DTYPES[dtype])
         params = jax.jit(lambda key: initial(model, key))(jax.random.key(0))  # noqa: B023
         for size, batch in itertools.product(args.sizes, args.batches):
-            width, height = (int(n) // FACTOR for n in size.split("x"))
+            width, height = (int(n) // model.first_stage.factor for n in size.split("x"))
+            settings = batch, args.top_k, args.repeats, args.steps
             serial = None
             for way in args.ways:
-                took, run, parts = seconds(model, params, (height, width), WAYS[way], batch, args.top_k, args.repeats)
+                took, run, parts = seconds(model, params, (height, width), WAYS[way], *settings)
                 serial = took if way == "serial" else serial
                 needed = flops(model, (height, width), WAYS[way].get("stride", 0))
                 speeds = f"{took / batch:.2f}", f"{60 * batch / took:.2f}", f"{serial / took:.1f}" if serial else ""

@@ -1,6 +1,6 @@
 """What the speedrun compares, as data: overrides of its two configs by name. The first of each table is the original's
-recipe, the others change pieces of it, and the last has those that helped at 300 and 400 steps
-(benchmarks/RESULTS.md); `modern_vqgan` and `modern_transformer` are the recipes for ImageNet at this size."""
+recipe, the others change pieces of it, and the last has what helped at 300 and 400 steps, of stage 2 the Llama block
+alone (benchmarks/RESULTS.md); `modern_vqgan` and `modern_transformer` are the recipes for ImageNet at this size."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

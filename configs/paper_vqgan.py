@@ -3,10 +3,11 @@
     python train_vqgan.py --config=configs/paper_vqgan.py:imagenet_f16_1024 --workdir=runs/x \\
         --config.data.path=/imagenet
 
-Arguments: the row's name first; `reference` the original's oddities; `runlocal` two steps of a small model of the same
-kind on the embedded scenes. Where the paper leaves a number open (widths of f2, f4, f8 and f32, batch sizes), the row
-follows its nearest relative. Learning rate everywhere: 4.5e-6 times the batch. The adversarial loss starts late on
-purpose: section 4 of the paper.
+Arguments: the row's name first; `quantizer=fsq` (or `vq`, `low_dim`, `ema`, `gumbel`, `lfq`, `bsq`, `simvq`, `ibq`)
+another quantizer of the row's size or near it; `discriminator=blurpool` or `dino`; `reference` the original's oddities;
+`runlocal` two steps of a small model of the same kind on the embedded scenes. Where the paper leaves a number open
+(widths of f2, f4, f8 and f32, batch sizes), the row follows its nearest relative. Learning rate everywhere: 4.5e-6
+times the batch. The adversarial loss starts late on purpose: section 4 of the paper.
 """
 
 import dataclasses
@@ -140,7 +141,9 @@ def data(row: Row) -> ConfigDict:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, name="imagenet_f16_1024", runlocal=False, reference=False)
+    arg = parse_arg(
+        arg, name="imagenet_f16_1024", quantizer="", discriminator="patchgan", runlocal=False, reference=False
+    )
     row = choose("--config=configs/paper_vqgan.py", arg.name, ROWS)
     config = common.vqgan()
     config.steps = "1e7 examples"
@@ -154,9 +157,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     ae.in_channels = ae.out_channels = row.channels
     ae.resolution, ae.multipliers, ae.attention_resolutions = row.size, row.multipliers, row.attention
     ae.z_channels = row.dim
-    make = quantizers.gumbel if row.quantizer == "gumbel" else quantizers.vq
-    model.quantizer = make(row.codes, row.dim)
-    model.discriminator.layers = row.discriminator_layers
+    model.quantizer = quantizers.of_size(arg.quantizer or row.quantizer, row.codes, row.dim)
+    kinds = {"patchgan": common.patchgan, "blurpool": common.blurpool, "dino": common.dino_heads}
+    model.discriminator = choose("discriminator", arg.discriminator, kinds)()
+    if arg.discriminator == "patchgan":
+        model.discriminator.layers = row.discriminator_layers
 
     loss = config.loss
     loss.adversarial_start, loss.adversarial_weight = row.start, row.weight

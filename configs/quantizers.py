@@ -1,8 +1,11 @@
 """`config.model.quantizer` of every kind, with its defaults (vqgan_jax/models/quantizers)."""
 
+import math
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
+
+from vqgan_jax.config import choose
 
 
 def vq(codebook_size: int, dim: int) -> ConfigDict:
@@ -103,3 +106,24 @@ def ibq(codebook_size: int, dim: int) -> ConfigDict:
             entropy_temperature=0.01,
         )
     )
+
+
+FSQ_LEVELS = {256: (8, 6, 5), 1024: (8, 5, 5, 5), 4096: (7, 5, 5, 5, 5), 16384: (8, 8, 8, 6, 5)}  # arXiv 2309.15505
+
+
+def of_size(name: str, codebook_size: int, dim: int) -> ConfigDict:
+    """The kind `name` with so many codes of `dim` numbers where it has them: `low_dim` has 8, `lfq` and `bsq` a power
+    of 2 of codes, `fsq` the levels of its paper that come nearest. Raises UserError for an unknown one."""
+    bits = round(math.log2(codebook_size))
+    kinds = {
+        "vq": lambda: vq(codebook_size, dim),
+        "low_dim": lambda: low_dim_vq(codebook_size),
+        "ema": lambda: ema(codebook_size, dim),
+        "gumbel": lambda: gumbel(codebook_size, dim),
+        "fsq": lambda: fsq(FSQ_LEVELS[min(FSQ_LEVELS, key=lambda size: abs(math.log2(size) - bits))]),
+        "lfq": lambda: lfq(bits),
+        "bsq": lambda: bsq(bits),
+        "simvq": lambda: simvq(codebook_size, dim),
+        "ibq": lambda: ibq(codebook_size, dim),
+    }
+    return choose("quantizer", name, kinds)()

@@ -103,6 +103,15 @@ def test_a_first_stage_has_the_parameters_of_the_reference(name):
     assert count(params["params"]) == row.parameters == vqgan(row)
 
 
+@pytest.mark.parametrize("quantizer", ["fsq", "lfq", "bsq", "low_dim", "ema", "simvq", "ibq", "gumbel"])
+@pytest.mark.parametrize("discriminator", ["blurpool", "dino"])
+def test_a_row_takes_other_pieces(quantizer, discriminator):
+    config = paper_vqgan.get_config(f"imagenet_f16_1024,quantizer={quantizer},discriminator={discriminator}")
+    made = VQGANConfig.from_config(config.model)
+    assert config.model.discriminator.name == discriminator
+    assert made.quantizer.codebook_size == (1000 if quantizer == "fsq" else 1024)
+
+
 @pytest.mark.parametrize("name", paper_transformer.ROWS)
 def test_a_transformer_has_the_parameters_of_the_reference(name):
     row = paper_transformer.ROWS[name]

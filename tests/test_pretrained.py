@@ -1,5 +1,7 @@
 """The front door: the reference's own numbers through it, from every kind of place, and mistakes in one line."""
 
+from types import SimpleNamespace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -308,3 +310,11 @@ def test_objects_go_in_as_boxes():
         model.condition_tokens(raw | {"box_classes": np.int32([[5]])})
     with pytest.raises(UserError, match="objects are"):
         model.condition_tokens(raw["boxes"])
+
+
+@pytest.mark.parametrize("codes", [3, 5])
+def test_a_stage_without_the_codes_that_a_run_was_left_with_is_compared_as_it_is(codes):
+    """It was pruned itself, or has fewer codes than those: neither can be pruned to them."""
+    kept = SimpleNamespace(record={"used_codes": [0, 2, 9]}, model_config={"quantizer": {"codebook_size": 3}})
+    other = SimpleNamespace(record={}, model_config={"quantizer": {"codebook_size": codes}})
+    assert pretrained._pruned_as(kept, other) is other

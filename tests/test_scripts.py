@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -177,11 +178,14 @@ def test_samples_are_those_of_their_seed_and_index(runs, tmp_path):
     assert (tmp_path / "a" / "grid.png").exists()
 
 
-def test_larger_sizes_slide_and_a_moved_workdir_still_samples(runs, tmp_path):
+def test_larger_sizes_slide_and_a_moved_workdir_still_samples(runs, tmp_path, capsys):
     shutil.copytree(runs / "gpt", tmp_path / "moved")
     asked = dict(number=2, batch=2, size="18x40")  # of which the model makes 20x40
-    made = sampled(tmp_path / "moved", tmp_path / "out", **asked)
+    made = sampled(tmp_path / "moved", tmp_path / "out", **asked, every=1)
     assert made.shape == (2, 18, 40, 3)
+    assert re.search(r"100%\|.*\| 2\.00/2 \[", capsys.readouterr().err)
+    for path in (tmp_path / "out" / "growing").iterdir():
+        assert np.asarray(Image.open(path)).shape == (18, 40, 3), "growing pictures have the size asked for"
     apart = sampled(tmp_path / "moved", tmp_path / "alone", **asked | {"batch": 1})
     np.testing.assert_allclose(made.astype(int), apart, atol=1)  # one picture's windows over eight devices
     strips = sampled(tmp_path / "moved", tmp_path / "strips", **asked, memory=0.001)
@@ -396,6 +400,28 @@ def test_mistakes_of_stage_two(runs, tmp_path):
         train_transformer.train(config, str(tmp_path / "c"))
     with pytest.raises(UserError, match="config.vqgan=.*holds a transformer"):
         train_transformer.train(transformer_config(runs / "gpt", "2"), str(tmp_path / "d"))
+
+
+@pytest.mark.slow
+def test_a_decoder_that_was_trained_on_serves_the_transformers_of_its_codes(runs, tmp_path):
+    """Given to the sampler; a run that has begun keeps its own copy, and says so. Other codes are refused."""
+    for name, part in (("decoder", "decoder"), ("codes", "encoder")):
+        stage = pretrained.load_trained(runs / "vqgan", key="", kind="vqgan")
+        params = stage.variables("generator")["params"]
+        moved = {**params, part: jax.tree.map(lambda x: x + np.float32(0.1), params[part])}
+        changed = dataclasses.replace(stage, params={**stage.params, "generator": moved}, ema={})
+        pretrained.write_stage(epath.Path(tmp_path / name), changed, "generator")
+    asked = dict(number=1, classes=["3"], batch=1)
+    before = sampled(runs / "gpt", tmp_path / "a", **asked)
+    same = sampled(runs / "gpt", tmp_path / "b", first_stage=str(runs / "vqgan"), **asked)
+    other = sampled(runs / "gpt", tmp_path / "c", first_stage=str(tmp_path / "decoder"), **asked)
+    np.testing.assert_array_equal(same, before)
+    assert (other != before).any()
+    with pytest.raises(UserError, match="--first_stage=.*its codes are not those .*encoder/.* differs"):
+        sampled(runs / "gpt", tmp_path / "d", first_stage=str(tmp_path / "codes"), **asked)
+    shutil.copytree(runs / "gpt", tmp_path / "gpt")
+    with pytest.raises(UserError, match="config.vqgan=.*was trained on another one.*decoder/.* differs"):
+        train_transformer.train(transformer_config(tmp_path / "decoder"), str(tmp_path / "gpt"))
 
 
 def test_a_run_with_another_batch_size_goes_on_where_it_was_in_its_data(runs, tmp_path, monkeypatch):

@@ -99,9 +99,7 @@ class PretrainedTransformer:
         }
         self._logits, self._decode = jax.jit(model.logits), jax.jit(model.decode)
         self._tokens = jax.jit(model.condition.tokens)
-        # The reference centres the windows of scenes and those of other pictures differently.
-        centre = "lower" if "boxes" in model.condition.keys else "upper"
-        self._sampler = functools.cache(functools.partial(make_sampler, model, centre=centre))
+        self._sampler = functools.cache(functools.partial(make_sampler, model))
 
     @functools.cached_property
     def _split(self) -> Tree:

@@ -77,6 +77,11 @@ class ObjectTokens:
         return self.max_objects * self.slot + 2 * self.crop
 
     @property
+    def _size_steps(self) -> int:
+        """Widths, and heights, that a centre with its size tells apart; a layout's ids stay below 2**30."""
+        return math.isqrt(2**30 // self.vocab)
+
+    @property
     def _flag_mask(self) -> int:
         return sum(1 << FLAGS.index(flag) for flag in set(self.flags))
 
@@ -91,6 +96,7 @@ class ObjectTokens:
         box_flags: Array,
         crop_box: Array | None = None,
         flip: Array | bool = False,
+        sizes: bool = False,
     ) -> Array:
         """Writes layouts as tokens: the objects that the crop touches, in the given order, the first `max_objects`.
 
@@ -103,9 +109,10 @@ class ObjectTokens:
           box_flags: int [..., n], bits by `FLAGS`.
           crop_box: float [..., 4] or [4], as a box; None is the whole picture.
           flip: bool [...] or one bool: whether the cropped picture is mirrored left to right.
+          sizes: whether the token of a centre also says how large its object is, for `invert`; no model reads such.
 
         Returns:
-          int32 [..., length] in [0, vocab).
+          int32 [..., length] in [0, vocab), with sizes in [0, 2**30).
 
         Raises:
           UserError: a class at or above `classes` (numpy only: under jit values are unknown).
@@ -129,8 +136,12 @@ class ObjectTokens:
         mirrored = xp.asarray(flip)[..., None, None]
         start, end = _mirror(start, end, mirrored)
         points = [start, end] if self.kind == "boxes" else [(start + end) / 2]
+        written = list(map(self._point_tokens, points))
+        if sizes and self.kind == "centres":
+            steps = xp.round(xp.clip(end - start, 0, 1) * (self._size_steps - 1)).astype(xp.int32)
+            written[0] = written[0] + self.vocab * (steps[..., 1] * self._size_steps + steps[..., 0])
         names = box_classes + self.classes * (box_flags & self._flag_mask)
-        slots = xp.stack([names, *map(self._point_tokens, points)], axis=-1)
+        slots = xp.stack([names, *written], axis=-1)
 
         kept_first = xp.argsort(~kept, axis=-1, stable=True)
         slots = xp.where(kept[..., None], slots, self.none)
@@ -150,16 +161,19 @@ class ObjectTokens:
             points off the lattice move to its edge, and a box that ends before it starts gets no extent.
 
         Returns:
-          "boxes" float32 [..., max_objects, 4], of no extent for centres, zeros in empty slots; "box_classes" int32
-          [..., max_objects], -1 in empty slots; "box_flags" int32 [..., max_objects]; "crop_box" float32 [..., 4], the
-          whole (0, 0, 1, 1) where `crop` is False.
+          "boxes" float32 [..., max_objects, 4], of no extent for centres without sizes, zeros in empty slots;
+          "box_classes" int32 [..., max_objects], -1 in empty slots; "box_flags" int32 [..., max_objects]; "crop_box"
+          float32 [..., 4], the whole (0, 0, 1, 1) where `crop` is False.
         """
         xp = tokens.__array_namespace__()
         batch = tokens.shape[:-1]
         slots = tokens[..., : self.max_objects * self.slot].reshape(*batch, self.max_objects, self.slot)
         names = slots[..., 0]
         known = (names >= 0) & (names < self._class_tokens)
-        boxes = self._box(slots[..., 1], slots[..., -1])
+        if self.kind == "boxes":
+            boxes = self._box(slots[..., 1], slots[..., 2])
+        else:
+            boxes = self._around(slots[..., 1])
         if self.crop:
             crop_box = self._box(tokens[..., -2], tokens[..., -1])
         else:
@@ -184,6 +198,14 @@ class ObjectTokens:
         xp = points.__array_namespace__()
         steps = xp.round(xp.clip(points, 0, 1) * (self.sections - 1)).astype(xp.int32)
         return steps[..., 1] * self.sections + steps[..., 0]
+
+    def _around(self, tokens: Array) -> Array:
+        """Boxes float32 [..., 4] around centres int [...], which may hold sizes."""
+        xp = tokens.__array_namespace__()
+        sizes, centre = xp.maximum(tokens, 0) // self.vocab, tokens % self.vocab
+        steps = xp.stack([sizes % self._size_steps, sizes // self._size_steps], axis=-1)
+        size = steps.astype(xp.float32) / (self._size_steps - 1)
+        return xp.concatenate([self._box(centre, centre)[..., :2] - size / 2, size], axis=-1)
 
     def _box(self, start: Array, end: Array) -> Array:
         """The box between two lattice points: tokens int [...] twice -> float32 [..., 4]."""

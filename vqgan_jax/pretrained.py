@@ -12,13 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from vqgan_jax import parallel, storage
 from vqgan_jax.conditioning import encoded_keys
-from vqgan_jax.config import UserError, upgrade, upgrade_model
+from vqgan_jax.config import UserError, plain, upgrade, upgrade_model
 from vqgan_jax.convert import reference
 from vqgan_jax.front_door import PretrainedTransformer, PretrainedVQGAN
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
@@ -165,7 +167,8 @@ def adopt_stages(config: ConfigDict, workdir: epath.Path, dtype: Any) -> Stages:
     """Copies the VQGANs that a stage-2 config names into its workdir, unless they are there, and opens the copies.
 
     Raises:
-      UserError: no first stage named, none for an encoded condition, one for nothing, or none there.
+      UserError: no first stage named, none for an encoded condition, one for nothing, none there, or after the first
+        checkpoint another one.
     """
     # Before the first checkpoint the config may still change its mind; after it the copies are what was trained on.
     started = any((workdir / CHECKPOINTS).glob("[0-9]*"))
@@ -173,12 +176,36 @@ def adopt_stages(config: ConfigDict, workdir: epath.Path, dtype: Any) -> Stages:
         there = all((workdir / name / portable.STAGE_RECORD).exists() for name in names)
         multihost_utils.sync_global_devices(f"looked for {key}")
         if there and (started or not config[key]):
+            if config[key]:
+                _check_adopted(config, workdir, key)
             continue
         for name, trained in _load_named(config, key).items():
             if jax.process_index() == 0:
                 write_stage(workdir / name, trained, "generator")
         multihost_utils.sync_global_devices(f"copied {key}")
     return open_stages(workdir, _encoded(config), dtype)
+
+
+def _check_adopted(config: ConfigDict, workdir: epath.Path, key: str) -> None:
+    """Raises UserError where a run that has begun is told of other VQGANs than its copies. Those of the name that it
+    began with may have been trained on or be gone."""
+    recorded = workdir / "config.json"
+    if not recorded.exists() or json.loads(recorded.read_text()).get(key) == config[key]:
+        return
+    unpruned = config.copy_and_resolve_references()
+    unpruned.remap = False
+    try:
+        named = _load_named(unpruned, key)
+    except UserError:  # moved, or gone
+        return
+    for name, trained in named.items():
+        kept = load_trained(workdir / name, key="--workdir", kind="vqgan")
+        if different := difference(kept, _pruned_as(kept, trained)):
+            raise UserError(
+                f"config.{key}={config[key]}: the run in --workdir={workdir} was trained on another one, of which it "
+                f"keeps a copy in {name}/ ({different} differs); leave the key out or name another folder, and give a "
+                "decoder that was trained on to sample.py as --first_stage"
+            )
 
 
 def adopt_reference(config: ConfigDict, workdir: epath.Path) -> Tree:
@@ -265,17 +292,63 @@ def _with_used_codes(config: ConfigDict, trained: Trained) -> Trained:
     tokenizer = make_tokenizer(trained, config.vqgan, setup.dtype_of(config))
     used = used_codes.find(config, tokenizer, trained.variables("generator"))
     parallel.say(f"config.remap: {len(used)} of {tokenizer.codebook_size} codes are in use; the others are left out")
+    return _pruned(trained, used)
+
+
+def _pruned(trained: Trained, used: np.ndarray) -> Trained:
+    """A VQGAN with the codes `used` alone."""
     model = used_codes.prune_model(trained.model_config, len(used))
     record = {**trained.record, "config": {**trained.record["config"], "model": model}, "used_codes": used.tolist()}
     trees = (used_codes.prune(tree, used) for tree in (trained.params, trained.collections, trained.ema))
     return Trained(record, *trees)
 
 
-def open_stages(workdir: epath.Path, encoded: Sequence[str], dtype: Any) -> Stages:
+def _pruned_as(kept: Trained, other: Trained) -> Trained:
+    """`other` with the codes alone that `kept` was left with, where it has all of them still."""
+    used = kept.record.get("used_codes")
+    if not used or other.record.get("used_codes"):
+        return other
+    left, codes = (x.model_config["quantizer"].get("codebook_size", 0) for x in (kept, other))
+    return _pruned(other, np.asarray(used)) if left != codes > max(used) else other
+
+
+def difference(one: Trained, other: Trained, *, besides: Sequence[str] = ()) -> str:
+    """The first key of the config or array by which two VQGANs differ in a bit, "" where there is none; `besides` are
+    parts of the generator that may."""
+    for key in ("input_key", "autoencoder", "quantizer"):
+        if plain({key: one.model_config[key]}) != plain({key: other.model_config[key]}):
+            return f"model.{key}"
+    ours, theirs = flatten_dict(one.variables("generator")), flatten_dict(other.variables("generator"))
+    for path in sorted(ours.keys() | theirs.keys()):
+        if path[1] in besides:
+            continue
+        if path not in ours or path not in theirs or not np.array_equal(ours[path], theirs[path]):
+            return "/".join(path[1:])
+    return ""
+
+
+def _decoder_of(path: str | os.PathLike, kept: Trained) -> Trained:
+    """The VQGAN at `path`, of the codes of `kept`: the same encoder and codebook, its decoder trained on.
+
+    Raises:
+      UserError: no VQGAN there, or it has other codes.
+    """
+    other = _pruned_as(kept, load_trained(path, key="--first_stage", kind="vqgan"))
+    if different := difference(kept, other, besides=("decoder", "post_quant")):
+        raise UserError(
+            f"--first_stage={path}: its codes are not those that the transformer was trained on ({different} differs); "
+            "train the decoder alone: --config.init_from with --config.train_only"
+        )
+    return other
+
+
+def open_stages(workdir: epath.Path, encoded: Sequence[str], dtype: Any, first_stage: str = "") -> Stages:
     """Opens the copies of the frozen stages in a stage-2 workdir; `encoded` are the batch keys of its condition that
-    have a VQGAN."""
+    have a VQGAN, `first_stage` a VQGAN of the same codes to decode with."""
     folders = (FIRST_STAGE, *cond_folders(encoded).values())
     stages = {name: load_trained(workdir / name, key="--workdir", kind="vqgan") for name in folders}
+    if first_stage:
+        stages[FIRST_STAGE] = _decoder_of(first_stage, stages[FIRST_STAGE])
     return _stages(workdir, stages, {name: _digest(workdir / name) for name in folders}, dtype)
 
 
@@ -293,10 +366,20 @@ def _digest(folder: epath.Path) -> str:
 
 
 def open_transformer(
-    workdir: str | os.PathLike, *, key: str, best: bool = True, step: int | None = None, dtype: Any = jnp.float32
+    workdir: str | os.PathLike,
+    *,
+    key: str,
+    best: bool = True,
+    step: int | None = None,
+    dtype: Any = jnp.float32,
+    first_stage: str = "",
 ) -> TrainedTransformer:
     """Opens a stage-2 workdir for sampling and scoring, by default its best checkpoint, else that after `step` steps;
-    or a file of the reference."""
+    or a file of the reference.
+
+    Raises:
+      UserError: nothing there, or `first_stage`, a VQGAN to decode with in place of the workdir's, has other codes.
+    """
     workdir = storage.path(workdir)
     read = {}
     if workdir.is_file():
@@ -306,9 +389,11 @@ def open_transformer(
         trained = load_trained(workdir, key=key, kind="transformer", best=best, step=step)
     config = TransformerConfig.from_config(trained.model_config, key=f"{workdir}: model")
     if read:
+        if first_stage:
+            read[FIRST_STAGE] = _decoder_of(first_stage, read[FIRST_STAGE])
         stages = _stages(workdir, read, dict.fromkeys(read, trained.record["imported"]["sha256"]), dtype)
     else:
-        stages = open_stages(workdir, encoded_keys(config.condition), dtype)
+        stages = open_stages(workdir, encoded_keys(config.condition), dtype, first_stage)
     model = ImageTransformer(config, stages.first, stages.cond, dtype)
     return TrainedTransformer(model, trained.variables("transformer")["params"], stages.frozen, stages, trained.record)
 

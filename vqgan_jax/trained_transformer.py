@@ -53,14 +53,12 @@ class TrainedTransformer:
         """Conditions, keys and given codes, ids of the trained grid, and pictures, each compiled once however often one
         samples."""
         model = self.model  # not self, whose parameters would live as long as the programs
-        tokens = jax.jit(
-            lambda frozen, rows, seed: (
-                model.condition.tokens(frozen, rows),
-                row_keys(seed, rows["index"]),
-                model.given(frozen, rows),
-            )
-        )
-        return tokens, make_sampler(model, model.config.grid), jax.jit(model.decode)
+
+        def tokens(frozen: Tree, rows: Rows, seed: int, whole: bool = False) -> tuple[Any, ...]:
+            condition = model.condition.whole if whole else model.condition.tokens
+            return condition(frozen, rows), row_keys(seed, rows["index"]), model.given(frozen, rows)
+
+        return jax.jit(tokens, static_argnames="whole"), make_sampler(model, model.config.grid), jax.jit(model.decode)
 
     @functools.cached_property
     def _large_sampler(self) -> Callable[..., LargeSampler]:
@@ -168,7 +166,7 @@ class TrainedTransformer:
             ids, position = begun or (None, 0)
             shown = sampler.rows(position)
             with jax.set_mesh(mesh):
-                condition, keys, given = tokens(frozen, rows, seed)
+                condition, keys, given = tokens(frozen, rows, seed, whole=True)
                 for ids, position in sampler(params, condition, keys, strategy, given, begun=begun):
                     jax.block_until_ready(ids)  # or the bar would be at its end at once
                     large.progress(position / sampler.total)
@@ -176,8 +174,8 @@ class TrainedTransformer:
                         large.folder.keep(chosen, ids, position)
                     if large.every and sampler.rows(position) >= shown + large.every and position < sampler.total:
                         shown = sampler.rows(position)
-                        pictures = decode_begun(decode, np.asarray(ids), sampler.drawn(position))
-                        large.folder.show(chosen, to_uint8(pictures), shown)
+                        pictures = to_uint8(decode_begun(decode, np.asarray(ids), sampler.drawn(position)))
+                        large.folder.show(chosen, list(map(large.finish, chosen, pictures)), shown)
             yield to_uint8(decode(np.asarray(ids)))[: len(chosen)]
 
     def _large_encoder(self, mesh: Mesh, large: LargeOptions) -> Callable[[Rows], Rows]:

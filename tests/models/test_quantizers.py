@@ -306,6 +306,8 @@ def test_codes_on_the_sphere_are_used_more_than_plain_ones():
 @pytest.mark.parametrize(
     "config",
     [
+        config_of("vq", 32, 16, restart_below=0.1),
+        config_of("gumbel", 64, 16, kl_weight=1e-2, temperature_steps=60),
         config_of("ema", 32, 16),
         config_of("fsq", (4, 3, 3)),
         config_of("lfq", 5),
@@ -317,7 +319,7 @@ def test_codes_on_the_sphere_are_used_more_than_plain_ones():
 )
 def test_clusters_use_many_codes(config):
     used, perplexity = after_training(config)
-    assert used >= 20 and perplexity >= 15
+    assert used >= 20 and perplexity >= (12 if config["name"] == "gumbel" else 15)  # one draws its codes
 
 
 def test_ema_finds_clusters_and_starts_from_the_batch():

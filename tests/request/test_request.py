@@ -108,6 +108,22 @@ def test_coordinates_are_the_place_in_the_picture(trained):
     assert coords[0, 0, 0].tolist() == [8.5 / 32, 8.5 / 32]
 
 
+def test_a_layout_of_a_file_is_of_the_place_that_coordinates_tell(tmp_path):
+    """Of a model of crops the middle of one: the boxes of the drawn picture are told as training tells them."""
+    file = tmp_path / "boxes.json"
+    file.write_text(json.dumps([{"class": 1, "box": [0, 0.5, 1, 0.5]}]))
+    model = models.untrained("objects")
+    for resize_to, crop, box in (
+        (0, [0, 0, 1, 1], [0, 0.5, 1, 0.5]),
+        (32, [0.25, 0.25, 0.5, 0.5], [0.25, 0.5, 0.5, 0.25]),
+    ):
+        model.record["config"]["data"]["resize_to"] = resize_to
+        rows = Request(asked(condition=[str(file)]), model, GRID).rows(np.arange(1))
+        assert rows["crop_box"].tolist() == [crop] and rows["boxes"][0, 0].tolist() == box
+    rows = Request(asked(condition=[str(file)]), model, (4, 8)).rows(np.arange(1))
+    assert rows["crop_box"].tolist() == [[0, 0, 1, 1]]  # beyond the trained size
+
+
 def test_conditions_beyond_the_trained_size_are_of_the_whole_picture(trained):
     rows = Request(asked(), trained("segmentation"), (4, 8)).rows(np.arange(2))
     assert rows["segmentation"].shape == (2, 16, 32)

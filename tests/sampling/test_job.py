@@ -231,3 +231,22 @@ def test_hosts_share_all_indices():
     shares = [host_share(50, process, 8) for process in range(8)]
     np.testing.assert_array_equal(np.concatenate(shares), np.arange(50))
     assert {len(share) for share in shares} == {6, 7}
+
+
+def test_how_codes_are_decoded_may_change_until_a_picture_is_whole(tmp_path):
+    drawn = np.zeros((1, 4, 4), np.int32)
+    (tmp_path / "a").mkdir()
+
+    def opened(decode, seed=1):
+        return SampleFolder(storage.path(tmp_path / "a"), {"seed": seed, "decode": decode}, later=("decode",))
+
+    with opened("exact") as folder:
+        folder._kept -= job.KEEP_SECONDS
+        folder.keep([0], drawn, 7)
+    with pytest.raises(UserError, match="seed: 2 here, 1 there"):
+        opened("tiles", seed=2)
+    with opened("tiles") as folder:
+        assert folder.begun([0])[1] == 7
+        folder.write(0, np.zeros((4, 6, 3), np.uint8))
+    with pytest.raises(UserError, match="decode: 'exact' here, 'tiles' there"):
+        opened("exact")

@@ -1,6 +1,7 @@
 """The sliding window: rows at once = one token after the other, for every kind of condition; blocks; going on."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,15 @@ import pytest
 from tests import reference as ref
 from tests.sampling.models import random_transformer
 from vqgan_jax import parallel
-from vqgan_jax.conditioning import ClassLabelConfig, CoordinatesConfig, EncodedImageConfig, JointConfig
+from vqgan_jax.conditioning import (
+    ClassLabelConfig,
+    CoordinatesConfig,
+    EncodedImageConfig,
+    JointConfig,
+    Objects,
+    UnconditionalConfig,
+    make_condition,
+)
 from vqgan_jax.config import GPT2, UserError
 from vqgan_jax.models.vqgan import VQGAN
 from vqgan_jax.object_tokens import ObjectTokens
@@ -24,12 +33,13 @@ from vqgan_jax.tokenizer import Tokenizer, by_input_key
 from vqgan_jax.transformer import ArchitectureConfig, ImageTransformer, TransformerConfig
 
 OBJECTS = ObjectTokens(kind="boxes", max_objects=3, vocab=300, classes=5, crop=True, flags=(), trim=True)
+PLACES = CoordinatesConfig(64, 4, "joint")
 
 
-def transformer(condition, *stages, grid=(4, 4)):
+def transformer(condition, *stages, layers=2):
     """A transformer under any condition, with parameters large enough for logits that differ."""
     config = TransformerConfig(
-        ArchitectureConfig(2, 2, 16, 0, 0, 0.0, 0.0, 0.0, **GPT2), condition, grid, "row_major", False, 0.0
+        ArchitectureConfig(layers, 2, 16, 0, 0, 0.0, 0.0, 0.0, **GPT2), condition, (4, 4), "row_major", False, 0.0
     )
     model = ImageTransformer(config, Tokenizer(VQGAN(ref.FIRST_STAGE_TINY)), by_input_key(stages))
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0)))
@@ -40,25 +50,33 @@ def transformer(condition, *stages, grid=(4, 4)):
 
 def whole_condition(model, grid, b=2):
     """Tokens of b whole pictures of a grid."""
-    if isinstance(model.config.condition, ObjectTokens):
+    if isinstance(model.condition, Objects):
         rng = np.random.default_rng(0)
-        boxes = np.concatenate([rng.uniform(0, 0.6, (b, 3, 2)), rng.uniform(0.1, 0.4, (b, 3, 2))], -1).astype(
-            np.float32
-        )
-        return jnp.asarray(OBJECTS.tokens(boxes, rng.integers(0, 5, (b, 3)), np.zeros((b, 3), np.int32)))
+        boxes = np.concatenate([rng.uniform(0, 0.6, (b, 3, 2)), rng.uniform(0.1, 0.4, (b, 3, 2))], -1)
+        layout = {"boxes": boxes.astype(np.float32), "box_classes": rng.integers(0, 5, (b, 3), np.int32)}
+        layout["box_flags"] = np.zeros((b, 3), np.int32)
+        return jax.jit(lambda layout: model.condition.whole({}, layout))(layout)
     length = model.condition.length_on(grid)
     return jax.random.randint(jax.random.key(5), (b, length), 0, model.condition.vocab_size)
 
 
+DEPTH, SEGMENTATION = (Tokenizer(VQGAN(config)) for config in (ref.DEPTH_STAGE_TINY, ref.VQSEG_TINY))
 MODELS = {
-    "class": lambda: transformer(random_transformer()[0].config.condition),
-    "depth": lambda: transformer(EncodedImageConfig("depth"), Tokenizer(VQGAN(ref.DEPTH_STAGE_TINY))),
-    "joint": lambda: transformer(
-        JointConfig((ClassLabelConfig(5), EncodedImageConfig("depth"), CoordinatesConfig(64, 4, "joint"))),
-        Tokenizer(VQGAN(ref.DEPTH_STAGE_TINY)),
+    "class": functools.partial(transformer, ClassLabelConfig(10)),
+    "depth": functools.partial(transformer, EncodedImageConfig("depth"), DEPTH),
+    "joint": functools.partial(
+        transformer, JointConfig((ClassLabelConfig(5), EncodedImageConfig("depth"), PLACES)), DEPTH
     ),
-    "objects": lambda: transformer(OBJECTS),
+    "objects": functools.partial(transformer, OBJECTS),
+    "none": functools.partial(transformer, UnconditionalConfig()),
+    "coordinates": functools.partial(transformer, PLACES),
+    "class + segmentation": functools.partial(
+        transformer, JointConfig((ClassLabelConfig(5), EncodedImageConfig("segmentation"))), SEGMENTATION
+    ),
+    "boxes in the view": functools.partial(transformer, dataclasses.replace(OBJECTS, crop=False)),
+    "centres": functools.partial(transformer, dataclasses.replace(OBJECTS, kind="centres")),
 }
+QUICK = ("class", "depth", "joint", "objects")
 
 
 def slid(model, params, grid, serial, strategy=Strategy(), centre="upper", given=None):  # noqa: B008
@@ -67,30 +85,44 @@ def slid(model, params, grid, serial, strategy=Strategy(), centre="upper", given
     return np.asarray(sampler.whole(params, condition, keys, strategy, given))
 
 
-@pytest.mark.parametrize(
-    "kind, grid, centre",
-    [(kind, (7, 13), "upper") for kind in MODELS]
-    + [pytest.param(kind, (9, 5), "lower", marks=pytest.mark.slow) for kind in MODELS],
-)
-def test_rows_at_once_give_the_tokens_of_one_after_the_other(kind, grid, centre):
+@pytest.mark.parametrize("kind", QUICK)
+def test_rows_at_once_give_the_tokens_of_one_after_the_other(kind):
     model, params = MODELS[kind]()
-    serial, fast = (slid(model, params, grid, s, centre=centre) for s in (True, False))
+    serial, fast = (slid(model, params, (7, 13), s) for s in (True, False))
     np.testing.assert_array_equal(fast, serial)
     assert len(np.unique(serial)) > 10
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS)
+def test_so_do_eight_devices_for_every_condition(kind):
+    """On a grid that neither the window nor the devices divide; windows stand where the reference has them."""
+    model, params = MODELS[kind](layers=1)
+    grid, condition, keys = (5, 9), whole_condition(model, (5, 9)), row_keys(3, jnp.arange(2))
+    centre = "lower" if isinstance(model.condition, Objects) else "upper"
+    serial, fast = (slid(model, params, grid, s, centre=centre) for s in (True, False))
+    np.testing.assert_array_equal(fast, serial)
+    mesh = parallel.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    with jax.set_mesh(mesh):
+        sampler = LargeSampler(model, grid, multiple=mesh.size)
+        sharded = sampler.whole(jax.device_put(params, jax.NamedSharding(mesh, jax.P())), condition, keys, Strategy())
+    assert mesh.size == 8 and len(np.unique(serial)) > 10
+    np.testing.assert_array_equal(sharded, serial)
+
+
 def test_the_window_decides_what_a_condition_says():
-    """Not so if the conditions of windows were those of another place."""
-    for kind in ("depth", "objects"):
-        model, params = MODELS[kind]()
-        grid = (6, 9)
-        condition = whole_condition(model, grid)
-        windows = [model.condition.window(condition, grid, top, left, (4, 4)) for top, left in ((0, 0), (2, 5))]
-        assert windows[0].shape == (2, model.condition.length)
-        assert (np.asarray(windows[0]) != np.asarray(windows[1])).any()
-    picture = condition  # of objects: the crop tokens are the window's corners
-    crop = model.condition.invert({}, model.condition.window(picture, (8, 8), 4, 2, (4, 4)))["crop_box"]
-    np.testing.assert_allclose(crop[0], [0.25, 0.5, 0.5, 0.5], atol=0.05)
+    """Of a map and of places the piece that lies under it; of a class the same everywhere."""
+    grid = (6, 9)
+    config = JointConfig((ClassLabelConfig(5), EncodedImageConfig("depth"), PLACES))
+    condition = make_condition(config, (4, 4), by_input_key([DEPTH]))
+    rng = np.random.default_rng(0)
+    label, depth, place = (rng.integers(low, high, (2, n)) for low, high, n in ((0, 5, 1), (5, 69, 54), (69, 133, 54)))
+    whole = np.concatenate([label, depth, place], axis=1)
+    assert whole.shape[1] == condition.length_on(grid)
+    cut = jax.jit(lambda tokens, top, left: condition.window(tokens, grid, top, left, (4, 4)))
+    for top, left in ((0, 0), (2, 5), (1, 3)):
+        pieces = (x.reshape(2, *grid)[:, top : top + 4, left : left + 4].reshape(2, 16) for x in (depth, place))
+        np.testing.assert_array_equal(cut(whole, top, left), np.concatenate([label, *pieces], axis=1))
 
 
 def test_given_ids_stay_and_guidance_counts():
@@ -116,6 +148,60 @@ def test_the_wavefront_runs_as_many_rows_as_windows_fit_side_by_side():
     segments = list(Wavefront((64, 64), (16, 16)).segments(100))
     assert [first for first, _, _ in segments] == [0, *(last for _, last, _ in segments[:-1])]
     assert {length for _, _, length in segments} == {144, 256}  # of 256, most steps look at 144 tokens
+
+
+@pytest.mark.parametrize("centre", ["upper", "lower"])
+@pytest.mark.parametrize("grid, window", [((509, 512), (16, 16)), ((1024, 1021), (8, 8)), ((37, 1024), (8, 12))])
+def test_up_to_8192_pixels_every_token_follows_what_its_window_holds(grid, window, centre):
+    wavefront = Wavefront(grid, window, centre, multiple=8)
+    (height, width), (h, w) = grid, window
+    i, j = np.indices(grid)
+    step = i * wavefront.lag + j
+    assert wavefront.slots >= -(-width // w) and wavefront.slots % 8 == 0 and step.max() == wavefront.steps - 1
+    before = (h // 2, w // 2) if centre == "upper" else ((h - 1) // 2, (w - 1) // 2)
+    top, left = np.clip(i - before[0], 0, height - h), np.clip(j - before[1], 0, width - w)
+    # Of the rows above, the last that is drawn of what a window shows is the right end of the row before.
+    assert (step[i[1:] - 1, left[1:] + w - 1] < step[1:]).all()
+    inside = (i - top) * w + j - left
+    assert inside.min() >= 0 and (inside < wavefront.needed[step]).all()
+    segments = list(wavefront.segments(64))
+    assert [first for first, _, _ in segments] == [0, *(last for _, last, _ in segments[:-1])]
+    assert segments[-1][1] == wavefront.steps
+    assert all((wavefront.needed[first:last] <= length).all() for first, last, length in segments)
+
+
+@pytest.mark.parametrize(
+    "grid, window, stride",
+    [((512, 509), (16, 16), 8), ((509, 512), (16, 16), 16), ((1021, 211), (8, 8), 3), ((8, 1024), (8, 8), 5)],
+)
+def test_up_to_8192_pixels_blocks_fit_together(grid, window, stride):
+    """Each token is drawn once, and all of its window before the block is there by then."""
+    blocks, (h, w) = Blocks(grid, window, stride), window
+    drawn = np.zeros(grid, bool)
+    for windows, (row, column) in blocks.batches():
+        for top, left in windows:
+            shown = drawn[top : top + h, left : left + w]
+            assert shown.shape == window and shown[:row].all() and shown[:, :column].all()
+            assert not shown[row:, column:].any()
+        for top, left in windows:
+            drawn[top : top + h, left : left + w] = True
+    assert drawn.all()
+
+
+def test_8192_pixels_are_one_array_of_codes():
+    """Of a whole picture, both ways, by shape alone."""
+    model, params = MODELS["coordinates"]()
+    grid = (512, 509)
+    condition = jax.ShapeDtypeStruct((1, model.condition.length_on(grid)), jnp.int32)
+    for stride in (0, 3):
+        sampler = LargeSampler(model, grid, stride=stride)
+        part = jax.eval_shape(
+            lambda params, x: next(sampler(params, x, row_keys(0, jnp.arange(1)), Strategy()))[0],  # noqa: B023
+            params,
+            condition,
+        )
+        assert part.shape == (1, *grid) and part.dtype == jnp.int32
+        assert sampler.rows(sampler.total) == 512 and sampler.tokens == 512 * 509
 
 
 @pytest.mark.parametrize("stride", [0, pytest.param(2, marks=pytest.mark.slow)])

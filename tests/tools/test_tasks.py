@@ -139,18 +139,27 @@ def vqgan(tmp_path_factory):
         yield path
 
 
+# Several conditions at once.
+JOINT = {
+    "class_segmentation": tasks.Task(
+        "joint", "class_segmentation", Figure("class_agreement", ""), inputs=("segmentation",)
+    ),
+    "objects_coordinates": tasks.Task("joint", "objects_coordinates", Figure("boxes_found", "")),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*tasks.TASKS, "class_segmentation"])
+@pytest.mark.parametrize("name", [*tasks.TASKS, *JOINT])
 def test_a_task_end_to_end(name, vqgan, tmp_path, monkeypatch):
     """Train, sample, draw, invert (grid.png draws what tokens say) and score, as the tool does."""
-    joint = tasks.Task("joint", "class_segmentation", Figure("class_agreement", ""), inputs=("segmentation",))
-    task = tasks.TASKS.get(name, joint)
+    task = (tasks.TASKS | JOINT)[name]
     config = tiny(demo_transformer.get_config(f"condition={task.condition}"))
     gpt = config.model.transformer
     gpt.layers, gpt.heads, gpt.width, config.model.grid = 1, 2, 32, (4, 4)
     config.vqgan, config.cond_vqgan = vqgan("image"), ",".join(map(vqgan, task.inputs))
     if "coordinates" in task.condition:
-        config.model.condition.factor = 4
+        condition = config.model.condition
+        (condition.place if condition.name == "joint" else condition).factor = 4
     train_transformer.train(config, str(tmp_path / "gpt"))
 
     asked, size = Asked(number=8, each=task.each, **dict(task.given)), task.size // 4

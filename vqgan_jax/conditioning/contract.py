@@ -25,6 +25,9 @@ class Condition(Protocol):
     def tokens(self, frozen: Frozen, batch: Batch) -> jax.Array:
         """Condition ids int32 [b, length]; of pictures larger than the trained ones [b, length_on(their grid)]."""
 
+    def whole(self, frozen: Frozen, batch: Batch) -> jax.Array:
+        """Of pictures larger than the trained ones, what `window` cuts: as `tokens`, and all that windows need."""
+
     def invert(self, frozen: Frozen, tokens: jax.Array, grid: Grid | None = None) -> dict[str, jax.Array]:
         """What the tokens say, as batch keys and in the form of the data, as far as they hold it.
 
@@ -44,8 +47,8 @@ class Condition(Protocol):
         """
 
     def window(self, tokens: jax.Array, grid: Grid, top: jax.Array, left: jax.Array, size: Grid) -> jax.Array:
-        """Of the tokens of whole pictures of `grid` codes those for their window of `size` at (top, left), which may
-        be traced: int32 [b, length]."""
+        """Of `whole` pictures of `grid` codes, or of their `tokens`, those for their window of `size` at (top, left),
+        which may be traced: int32 [b, length]."""
 
     def length_on(self, grid: Grid) -> int:
         """Tokens of a whole picture of `grid` codes; `length` on the trained one."""
@@ -61,6 +64,10 @@ class Whole:
     @property
     def parts(self) -> tuple[Condition, ...]:
         return (self,)
+
+    def whole(self, frozen: Frozen, batch: Batch) -> jax.Array:
+        """See `Condition.whole`."""
+        return self.tokens(frozen, batch)
 
     def window(self, tokens: jax.Array, grid: Grid, top: jax.Array, left: jax.Array, size: Grid) -> jax.Array:
         """See `Condition.window`."""
@@ -81,6 +88,10 @@ class Spatial:
     @property
     def parts(self) -> tuple[Condition, ...]:
         return (self,)
+
+    def whole(self, frozen: Frozen, batch: Batch) -> jax.Array:
+        """See `Condition.whole`."""
+        return self.tokens(frozen, batch)
 
     @property
     def length(self) -> int:

@@ -47,6 +47,10 @@ class Joint:
     def tokens(self, frozen: Frozen, batch: Batch) -> jax.Array:
         return self._join([part.tokens(frozen, batch) for part in self.parts])
 
+    def whole(self, frozen: Frozen, batch: Batch) -> jax.Array:
+        """See `Condition.whole`."""
+        return self._join([part.whole(frozen, batch) for part in self.parts])
+
     def invert(self, frozen: Frozen, tokens: jax.Array, grid: Grid | None = None) -> dict[str, jax.Array]:
         found: dict[str, jax.Array] = {}
         for part, own in zip(self.parts, self._split(tokens, grid), strict=True):

@@ -171,8 +171,15 @@ class Objects(Whole):
 
     def tokens(self, frozen: Frozen, batch: Batch) -> jax.Array:
         """With `crop_box`, boxes are relative to the whole picture that it is cut from; without, to what is seen."""
+        return self._tokens(batch)
+
+    def whole(self, frozen: Frozen, batch: Batch) -> jax.Array:
+        """With the sizes of objects that are written as centres: they are seen also where the centre is not."""
+        return self._tokens(batch, sizes=True)
+
+    def _tokens(self, batch: Batch, sizes: bool = False) -> jax.Array:
         boxes = (batch[name] for name in ("boxes", "box_classes", "box_flags"))
-        return self.config.tokens(*boxes, batch.get("crop_box"))
+        return self.config.tokens(*boxes, batch.get("crop_box"), sizes=sizes)
 
     def invert(self, frozen: Frozen, tokens: jax.Array, grid: Grid | None = None) -> dict[str, jax.Array]:
         return self.config.invert(tokens)
@@ -188,14 +195,14 @@ class Objects(Whole):
         return drawing.boxes(canvas, boxes, classes, names_of(names, "box_classes"), flags)
 
     def window(self, tokens: jax.Array, grid: Grid, top: jax.Array, left: jax.Array, size: Grid) -> jax.Array:
-        """With `crop`, the objects that the window shows, and the window as their crop; without, all of them."""
-        if not self.config.crop:
-            return tokens
+        """The objects that the window shows: with `crop` in the whole picture, and the window as their crop; without,
+        relative to the window."""
         scene = self.config.invert(tokens)
-        corner = jnp.stack([left / grid[1], top / grid[0]])
-        crop = jnp.concatenate([corner, jnp.array([size[1] / grid[1], size[0] / grid[0]])]).astype(jnp.float32)
-        crops = jnp.broadcast_to(crop, (tokens.shape[0], 4))
-        return self.config.tokens(scene["boxes"], scene["box_classes"], scene["box_flags"], crops)
+        corner, seen = jnp.split(scene["crop_box"], 2, axis=-1)
+        place = jnp.stack([left / grid[1], top / grid[0]]).astype(jnp.float32)
+        share = jnp.array([size[1] / grid[1], size[0] / grid[0]], jnp.float32)
+        crop = jnp.concatenate([corner + seen * place, seen * share], axis=-1)
+        return self.config.tokens(scene["boxes"], scene["box_classes"], scene["box_flags"], crop)
 
 
 def _rows(batch: Arrays) -> range:

@@ -39,6 +39,7 @@ class Expected:
       names: of the classes of boxes, as far as known.
       box_classes: how many there are.
       flags: of boxes, those that the model tells.
+      window: x, y, width and height of the picture in the whole one that `crop_box` and boxes are relative to.
       points: of one person or thing, key points; 0: any number.
     """
 
@@ -49,6 +50,7 @@ class Expected:
     names: Sequence[str] = ()
     box_classes: int = 0
     flags: Sequence[str] = ()
+    window: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
     points: int = 0
 
 
@@ -262,13 +264,15 @@ def _given_points(row: Row, expected: Expected) -> Row:
 
 
 def _given_layout(row: Row, expected: Expected) -> Row:
-    """Filled up to as many objects as the model takes, of the whole picture."""
+    """Filled up to as many objects as the model takes, and from the picture that is drawn to the whole one."""
     spare = expected.objects - len(row["boxes"])
+    window = np.array(expected.window, np.float32)
+    boxes = row["boxes"] * np.tile(window[2:], 2) + np.pad(window[:2], (0, 2))
     return {
-        "boxes": np.pad(row["boxes"], ((0, spare), (0, 0))),
+        "boxes": np.pad(boxes, ((0, spare), (0, 0))),
         "box_classes": np.pad(row["box_classes"], (0, spare), constant_values=-1),
         "box_flags": np.pad(row["box_flags"], (0, spare)),
-        "crop_box": np.array([0, 0, 1, 1], np.float32),
+        "crop_box": window,
     }
 
 

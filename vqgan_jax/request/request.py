@@ -16,7 +16,16 @@ from vqgan_jax.object_tokens import FLAGS
 from vqgan_jax.request.completion import Completion, open_masks
 from vqgan_jax.request.files import DERIVED, KINDS, Expected
 from vqgan_jax.request.flags import Asked
-from vqgan_jax.request.sources import Classes, ConditionSource, Examples, FileConditions, Places, Row, centre_transform
+from vqgan_jax.request.sources import (
+    Classes,
+    ConditionSource,
+    Examples,
+    FileConditions,
+    Places,
+    Row,
+    centre_transform,
+    middle_window,
+)
 from vqgan_jax.sampling.sampler import leading_given
 from vqgan_jax.trained_transformer import TrainedTransformer
 
@@ -251,8 +260,15 @@ class Request:
             case Objects(config):
                 flags = [flag for flag in FLAGS if flag in config.flags]
                 names = self.names.get("box_classes", [])
+                # A model of crops draws the middle of one, as `Places` has it; beyond the trained size the whole.
+                cut = "crop_box" in part.keys and not self._beyond and self._data is not None
                 return Expected(
-                    self.size, objects=config.max_objects, names=names, box_classes=config.classes, flags=flags
+                    self.size,
+                    objects=config.max_objects,
+                    names=names,
+                    box_classes=config.classes,
+                    flags=flags,
+                    window=middle_window(self.size, self._data.resize_to if cut else 0),
                 )
         return Expected(self.size)
 

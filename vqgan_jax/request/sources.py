@@ -55,8 +55,7 @@ class Places:
 
     def __init__(self, size: tuple[int, int], resize_to: int):
         """`size` in pixels; `resize_to` of the data, 0 where its pictures are not cut."""
-        whole = [max(n, resize_to) for n in size]
-        top, left = ((n - m) // 2 for n, m in zip(whole, size, strict=True))
+        whole, (top, left) = _middle(size, resize_to)
         self._coords = pixel_coordinates(*whole)[top : top + size[0], left : left + size[1]]
 
     def __len__(self) -> int:
@@ -67,6 +66,18 @@ class Places:
 
     def name(self, j: int) -> str:
         return ""
+
+
+def middle_window(size: tuple[int, int], resize_to: int) -> tuple[float, float, float, float]:
+    """What `Places` tells by coordinates, as x, y, width and height relative to the whole picture."""
+    whole, (top, left) = _middle(size, resize_to)
+    return left / whole[1], top / whole[0], size[1] / whole[1], size[0] / whole[0]
+
+
+def _middle(size: tuple[int, int], resize_to: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Height and width of the whole picture, and where in it the picture of `size` begins."""
+    whole = tuple(max(n, resize_to) for n in size)
+    return whole, tuple((n - m) // 2 for n, m in zip(whole, size, strict=True))
 
 
 class Examples:

@@ -10,7 +10,7 @@ import re
 import time
 import zipfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -36,12 +36,13 @@ class SampleFolder:
       done: indices of the pictures that stood there before.
     """
 
-    def __init__(self, folder: epath.Path, settings: Mapping[str, Any]):
+    def __init__(self, folder: epath.Path, settings: Mapping[str, Any], later: Sequence[str] = ()):
         """Opens the folder, and records the settings in it if it holds no pictures yet. Called by all hosts together.
 
         Args:
           folder: exists.
           settings: plain data; what the pictures depend on.
+          later: those that may still change until a first picture is whole, such as how codes are decoded.
 
         Raises:
           UserError: it holds pictures of other settings.
@@ -50,7 +51,8 @@ class SampleFolder:
         record, names = folder / RECORD, [file.name for file in storage.files(folder)]  # a bucket knows no folder
         self.done = {int(name[:-4]) for name in names if re.fullmatch(r"\d{6,}\.png", name)}
         recorded = json.loads(record.read_text()) if record.exists() else {}
-        found = differences(settings, recorded)
+        free = () if self.done else later
+        found = differences(*({k: x for k, x in told.items() if k not in free} for told in (settings, recorded)))
         self._begun = {int(name.partition(".")[0]) for name in names if re.fullmatch(r"\d{6,}\.begun\.npz", name)}
         others = bool(found and recorded and self.done | self._begun)
         if multihost_utils.process_allgather(np.array(others)).any():  # before any host writes
@@ -63,7 +65,7 @@ class SampleFolder:
             for name in names:  # what a killed process was writing
                 if re.fullmatch(r"\.\d+\.tmp\..*", name):
                     (folder / name).unlink(missing_ok=True)
-            if found:
+            if settings != recorded:
                 storage.write_json(record, settings)
         self._begun = set() if found else self._begun - self.done
         self._kept = time.monotonic()
@@ -107,8 +109,8 @@ class SampleFolder:
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return None
 
-    def show(self, indices: Iterable[int], pictures: np.ndarray, rows: int) -> None:
-        """Writes unfinished uint8 pictures [n, h, w, c], of which so many rows of codes are drawn."""
+    def show(self, indices: Iterable[int], pictures: Iterable[np.ndarray], rows: int) -> None:
+        """Writes unfinished uint8 pictures [h, w, c], of which so many rows of codes are drawn."""
         for index, picture in zip(indices, pictures, strict=False):
             images.save_png(self._folder / GROWING / f"{index:06d}_{rows:04d}.png", picture)
 

@@ -27,6 +27,7 @@ class LargeOptions:
       tiles: encode and decode in overlapping tiles of the trained size, approximate.
       folder: keeps what is drawn of a picture, so that a job that was stopped goes on in its midst; None: nowhere.
       every: the folder gets the picture as it is after so many more rows of codes; 0: not.
+      finish: (index, uint8 picture) -> as it is written, for the pictures of `every`.
       progress: called with the share of a batch that is done.
       announce: called with a line that says how conditions are encoded and pictures decoded.
     """
@@ -36,11 +37,9 @@ class LargeOptions:
     tiles: bool = False
     folder: SampleFolder | None = None
     every: int = 0
+    finish: Callable[[int, np.ndarray], np.ndarray] = lambda index, picture: picture
     progress: Callable[[float], None] = lambda share: None
     announce: Callable[[str], None] = lambda line: None
-
-
-_STEPS = 64  # of the wavefront a call: long enough to hide the call, short enough for a bar
 
 
 def window_logits(
@@ -89,20 +88,22 @@ class LargeSampler:
         model: ImageTransformer,
         grid: tuple[int, int],
         *,
-        centre: str = "upper",
+        centre: str = "",
         serial: bool = False,
         stride: int = 0,
         multiple: int = 1,
+        steps: int = 64,
     ):
         """Plans it.
 
         Args:
           model: the stage-2 model.
           grid: height and width in codes.
-          centre: of the exact window, see `sliding.window_start`.
+          centre: of the exact window, see `sliding.window_start`; by default the reference's for this condition.
           serial: of the exact window: one token after the other, as the reference; the same tokens, slowly.
           stride: 0 for the exact window; else codes by which block windows advance, see `blocks`.
           multiple: windows that run together are filled up to one of this.
+          steps: of the exact window in a part: enough to hide the call, few enough for a bar.
 
         Raises:
           UserError: a grid below the trained one, a stride that does not fit, or an order that is not raster.
@@ -111,8 +112,9 @@ class LargeSampler:
             raise UserError(
                 f"the sliding window needs tokens in row-major order, this model's is '{model.config.order}'"
             )
-        self.model, self.grid, self._multiple = model, grid, multiple
+        self.model, self.grid, self._multiple, self._most = model, grid, multiple, steps
         self.tokens = grid[0] * grid[1]
+        centre = centre or ("lower" if "boxes" in model.condition.keys else "upper")
         self._blocks = Blocks(grid, model.config.grid, stride) if stride else None
         self._wavefront = None if stride else Wavefront(grid, model.config.grid, centre, serial, multiple)
         self.total = self._wavefront.steps if self._wavefront else len(list(self._blocks.batches()))
@@ -174,7 +176,7 @@ class LargeSampler:
 
     def _steps(self) -> Iterator[tuple[int, tuple[int, int, int]]]:
         """Parts of the wavefront: where they end, and what `_advance` takes."""
-        for first, last, length in self._wavefront.segments(_STEPS):
+        for first, last, length in self._wavefront.segments(self._most):
             yield last, (first, last, length)
 
     @functools.cached_property

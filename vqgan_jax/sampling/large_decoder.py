@@ -51,7 +51,8 @@ def plan(
     mesh: Mesh,
     uncounted: int = 0,
 ) -> Plan:
-    """Chooses the first exact way that fits: whole, sharded over the devices of the mesh, strip by strip.
+    """Chooses the first exact way that fits: whole, sharded over as many devices of the mesh as divide the rows, strip
+    by strip.
 
     Args:
       convert: decodes ids [b, h, w], or encodes images [b, h, w, c].
@@ -71,9 +72,12 @@ def plan(
     if compiled and (used := device_bytes(compiled) + uncounted) <= budget:
         return Plan("whole", used, lambda variables, x: np.asarray(compiled(variables, x)))
     rows = shape[1], jax.eval_shape(convert, abstract, x).shape[1]
-    if mesh.size > 1 and not any(n % mesh.size for n in rows):
-        sharded, used = compile_sharded(convert, abstract, x, mesh)
-        if sharded and (used := used + uncounted // mesh.size) <= budget:
+    parts = math.gcd(*rows)
+    parts = max(n for n in range(1, mesh.size + 1) if parts % n == 0)
+    if parts > 1:
+        some = mesh if parts == mesh.size else Mesh(mesh.devices.ravel()[:parts], "data")
+        sharded, used = compile_sharded(convert, abstract, x, some)
+        if sharded and (used := used + uncounted // parts) <= budget:
             return Plan("sharded", used, sharded)
     return Plan("strips", budget, lambda variables, x: in_strips(variables, np.asarray(x), budget)[0])
 

@@ -16,7 +16,7 @@ from vqgan_jax.transformer import ImageTransformer
 Sampler = Callable[..., jax.Array]
 
 
-def make_sampler(model: ImageTransformer, grid: tuple[int, int], centre: str = "upper") -> Sampler:
+def make_sampler(model: ImageTransformer, grid: tuple[int, int]) -> Sampler:
     """Returns `sample(split_params, condition_bt, keys, strategy, given, leading=0) -> ids int32 [b, H, W]`.
 
     `split_params` are those of `gpt.split_layers`; `condition_bt` local condition ids, of the whole grid [b, H * W]
@@ -27,14 +27,13 @@ def make_sampler(model: ImageTransformer, grid: tuple[int, int], centre: str = "
     Args:
       model: the stage-2 model.
       grid: height and width in codes.
-      centre: of the sliding window, see `sliding.window_start`.
 
     Raises:
       UserError: what `LargeSampler` refuses; when called, a guided strategy for a model without null condition.
     """
     if tuple(grid) == model.config.grid:
         return jax.jit(functools.partial(sample_grid, model), static_argnames="leading")
-    return LargeSampler(model, grid, centre=centre).whole
+    return LargeSampler(model, grid).whole
 
 
 def leading_given(model: ImageTransformer, mask_bhw: np.ndarray) -> int:
