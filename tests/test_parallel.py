@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -49,11 +50,12 @@ def mesh_of(sizes):
 
 
 def run(init, step, sizes, rows, frozen=None):
-    """Five SGD steps on a mesh: the state, on the host the metrics of each step, and the first gradients."""
+    """Five SGD steps on a mesh: the state, and on the host the metrics of each step, the first gradients and the
+    parameters before."""
     mesh = mesh_of(sizes)
     with jax.set_mesh(mesh):
         state = parallel.init_sharded(init, mesh, jax.random.key(0))
-        shardings = jax.tree.map(lambda x: x.sharding, state)
+        shardings, before_all = jax.tree.map(lambda x: x.sharding, state), jax.device_get(state.params)
         traces = []
 
         def counted(*args):
@@ -73,33 +75,49 @@ def run(init, step, sizes, rows, frozen=None):
     assert len(traces) == 1, "one trace for all steps"
     wanted = parallel.abstract_sharded(init, mesh, jax.random.key(0))
     jax.tree.map(lambda x, like: assert_sharded_like(x, like.sharding, "state"), state, wanted)
-    return state, metrics, first
+    return state, metrics, first, before_all
 
 
 def compare(one, many):
-    """The first step's metrics and gradients, and the parameters after the last step, to 1e-5. Between, the adaptive
-    weight divides by the norm of a gradient that nearly cancels, which rounding moves by a thousandth."""
+    """Metrics, first gradients, and how far five steps have moved the parameters, to 1e-5. Of a GAN the first step
+    alone: from the second on its adaptive weight divides by the norm of a gradient that nearly cancels, which rounding
+    moves by a thousandth."""
+    gan = "adaptive_weight" in one[1][0]
+    exact = 3e-3 if gan else 1e-5
     for k, (a, b) in enumerate(zip(one[1], many[1], strict=True)):
         for name in a:
-            rtol = 1e-5 if k == 0 else 1e-2 if "adaptive_weight" in a else 1e-4
+            rtol = 1e-2 if gan and k else 1e-5
             np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=1e-5, err_msg=f"{name} of step {k}")
     for network, gradients in one[2].items():
         largest = max(np.abs(g).max() for g in jax.tree.leaves(gradients))
         same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5 * largest)
         jax.tree.map(same, gradients, many[2][network])
-    same = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
-    jax.tree.map(same, *(jax.device_get((s.params, s.ema)) for s in (one[0], many[0])))
+    for network, before in one[3].items():
+        pairs = [jax.device_get(s.params[network]) for s in (one[0], many[0])]
+        compare_moves(before, *pairs, rtol=exact)
+        if network in one[0].ema:
+            pairs = [jax.device_get(s.ema[network]) for s in (one[0], many[0])]
+            compare_moves(before, *pairs, rtol=exact)
     same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)  # a codebook's sums are hundreds
     jax.tree.map(same, *(jax.device_get(s.collections) for s in (one[0], many[0])))
 
 
+def compare_moves(before, one, many, rtol):
+    """Leaf by leaf: what is not moved at all on many devices differs, however little one device moves it."""
+    largest = max(np.abs(b - a).max() for a, b in zip(*map(jax.tree.leaves, (before, one)), strict=True))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(before)]
+    for path, a, b, c in zip(paths, *map(jax.tree.leaves, (before, one, many)), strict=True):
+        rounding = 2 * STEPS * np.finfo(np.float32).eps * np.abs(a).max()
+        np.testing.assert_allclose(c - a, b - a, rtol=0, atol=rtol * largest + rounding, err_msg=path)
+
+
 @functools.cache
-def vqgan_case(quantizer=VQ, discriminator=ref.VQGAN_TINY.discriminator):
-    model = VQGAN(VQGANConfig(ref.autoencoder(), quantizer, discriminator, "image"))
+def vqgan_case(quantizer=VQ, discriminator=ref.VQGAN_TINY.discriminator, seed=0, dtype=jnp.float32):
+    model = VQGAN(VQGANConfig(ref.autoencoder(), quantizer, discriminator, "image"), dtype)
     # L2, for the sign of an L1 gradient can flip with rounding
     objective = vqgan_step.VQGANObjective(**OBJECTIVE | {"adversarial_start": 0, "reconstruction": "l2"})
     lpips = LPIPS(LPIPSConfig((8, 8), (1, 1)))
-    images = np.random.default_rng(0).uniform(-1, 1, (STEPS, 8, 32, 32, 3)).astype(np.float32)
+    images = np.random.default_rng(seed).uniform(-1, 1, (STEPS, 8, 32, 32, 3)).astype(np.float32)
     frozen = {"lpips": lpips.init(jax.random.key(3), images[0, :1], images[0, :1])}
     tx = {"generator": TX, "discriminator": TX}
     init = vqgan_step.make_init(model, tx, ema=True)
@@ -114,17 +132,17 @@ LLAMA = (
 
 
 @functools.cache
-def transformer_case(*changes, objective=LIKELIHOOD, dropout=0.0):
+def transformer_case(*changes, objective=LIKELIHOOD, dropout=0.0, accumulation=1, dtype=jnp.float32):
     architecture = ArchitectureConfig(2, 4, 64, 0, 0, 0.0, 0.0, 0.0, **GPT2 | dict(changes))
     config = TransformerConfig(architecture, ClassLabelConfig(8), (4, 4), "row_major", False, dropout)
-    model = ImageTransformer(config, Tokenizer(VQGAN(ref.FIRST_STAGE_TINY)))
+    model = ImageTransformer(config, Tokenizer(VQGAN(ref.FIRST_STAGE_TINY)), dtype=dtype)
     rng = np.random.default_rng(0)
     rows = {
         "codes/image": rng.integers(0, 64, (STEPS, 8, 4, 4)).astype(np.int32),
         "label": rng.integers(0, 8, (STEPS, 8)).astype(np.int32),
     }
     init = transformer_step.make_init(model, TX, ema=True)
-    step = transformer_step.make_step(model, objective, TX, ema_decay=0.9)
+    step = transformer_step.make_step(model, objective, TX, ema_decay=0.9, accumulation=accumulation)
     return init, step, rows
 
 
@@ -140,6 +158,16 @@ def test_transformer_on_eight_devices_equals_one(name, changes):
     init, step, rows = transformer_case(*changes)
     many = run(init, step, MESHES[name], rows)
     compare(on_one_device(transformer_case, *changes), many)
+
+
+@pytest.mark.slow
+def test_micro_batches_on_eight_devices_equal_those_on_one():
+    """They are dealt inside the program, each spread over all devices like the batch."""
+    init, step, rows = transformer_case(accumulation=2)
+    one, many = (run(init, step, sizes, rows) for sizes in (ONE, MESHES["mixed"]))
+    compare(one, many)
+    whole = on_one_device(transformer_case)
+    np.testing.assert_allclose([m["loss"] for m in one[1]], [m["loss"] for m in whole[1]], rtol=1e-5)
 
 
 OBJECTIVES = {
@@ -238,6 +266,8 @@ def assert_sharded_like(leaf, sharding, name):
     [
         pytest.param("data", (), marks=pytest.mark.slow),
         pytest.param("fsdp", (), marks=pytest.mark.slow),
+        # Of the other images two codes are equally near (to 8e-8) in the fifth step, and rounding takes either.
+        pytest.param("tensor", (VQ, ref.VQGAN_TINY.discriminator, 1), marks=pytest.mark.slow),
         ("mixed", ()),
         pytest.param("mixed", (EMA, ACTNORM), marks=pytest.mark.slow),
     ],
@@ -247,6 +277,20 @@ def test_vqgan_on_eight_devices_equals_one(name, kind, monkeypatch):
     monkeypatch.setattr(parallel, "MIN_SHARDED_SIZE", 64)
     init, step, rows, frozen = vqgan_case(*kind)
     compare(on_one_device(vqgan_case, *kind), run(init, step, MESHES[name], rows, frozen))
+
+
+@pytest.mark.parametrize("case", [transformer_case, vqgan_case])
+def test_masters_and_metrics_stay_float32_where_the_compute_is_bfloat16(case):
+    init, step, rows, *frozen = case(dtype=jnp.bfloat16)
+    state = jax.eval_shape(lambda: nn.unbox(init(jax.random.key(0))))
+    batch = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in rows.items()}
+    program, (new, metrics) = jax.make_jaxpr(step, return_shape=True)(state, batch, frozen[0] if frozen else {})
+    kept = [new.params, new.collections, new.opt_state, new.ema, metrics]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(kept):
+        assert not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype == jnp.float32, path
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((new.params, new.ema)))
+    wide = {"transformer": "dot_general", "vqgan": "conv_general_dilated"}[case.__name__.split("_")[0]]
+    assert re.search(rf"bf16\[[\d,]+\] = {wide}\[", str(program)), "no product in bfloat16"
 
 
 def test_unknown_names_raise():

@@ -197,6 +197,16 @@ def test_what_was_compiled_is_found_again(compiled_step, cache, monkeypatch, cap
     assert set(cache.iterdir()) == before and "collectives  a chip sends" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_nothing_grows_with_the_devices(compiled_step, capsys):
+    """The same batch a device on half of them."""
+    found = aot.report(tiny_transformer(), "cpu:8", stages=first_stage(), smaller="cpu:4")
+    assert found["growth"] == [] and found["temporaries"] == compiled_step["temporaries"]
+    assert "no activation grows" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--scaling=cpu:8: has 8 chips"):
+        aot.report(tiny_transformer(), "cpu:8", stages=first_stage(), smaller="cpu:8")
+
+
 def test_stages_are_asked_for_and_must_fit():
     config = paper_transformer.get_config("ade20k")
     with pytest.raises(UserError, match="--first=configs/paper_vqgan.py:ROW"):

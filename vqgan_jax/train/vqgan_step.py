@@ -125,11 +125,9 @@ def make_step(
             loss = loss + weight * factor * g_loss
             metrics |= {"generator_loss": g_loss, "adaptive_weight": weight, "adversarial_factor": factor}
         (grads,) = pull((cotangent, jnp.full_like(quantizer_loss, o.quantizer_weight)))
-        counts = output.aux.counts
         metrics |= {"loss": loss, "nll": nll, "quantizer_loss": quantizer_loss}
         metrics |= {f"quantizer/{name}": value for name, value in output.aux.metrics.items()}
-        metrics |= {"codebook_usage": jnp.mean(counts > 0), "codebook_perplexity": perplexity(counts)}
-        return grads, fake, collections, metrics, output.aux.restart
+        return grads, fake, collections, metrics | {"counts": output.aux.counts}, output.aux.restart
 
     def discriminator_pass(params, collections, images, fake, step, rngs, frozen):
         def loss_of(weights):
@@ -184,6 +182,8 @@ def make_step(
 
         carry = (state.collections, _no_restart(c))
         (collections, restart), (grads, metrics) = accumulate(generator_micro, carry, batch, accumulation)
+        counts = metrics.pop("counts") * accumulation  # of all micro-batches: a mean of their usages would be smaller
+        metrics |= {"codebook_usage": jnp.mean(counts > 0), "codebook_perplexity": perplexity(counts)}
         params, opt_state, norms = update("generator", params, opt_state, grads["generator"], state.step)
         metrics |= norms
         if restart is not None:
