@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests import reference as ref
@@ -291,6 +292,14 @@ def test_masters_and_metrics_stay_float32_where_the_compute_is_bfloat16(case):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((new.params, new.ema)))
     wide = {"transformer": "dot_general", "vqgan": "conv_general_dilated"}[case.__name__.split("_")[0]]
     assert re.search(rf"bf16\[[\d,]+\] = {wide}\[", str(program)), "no product in bfloat16"
+
+
+def test_no_feature_of_lpips_travels_between_devices():
+    lpips, mesh = LPIPS(LPIPSConfig((8, 8), (1, 1))), mesh_of(MESHES["data"])
+    params = lpips.init(jax.random.key(0), *jnp.zeros((2, 1, 16, 16, 3)))
+    images = jax.ShapeDtypeStruct((16, 16, 16, 3), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+    program = jax.jit(jax.grad(lambda a, b: lpips.apply(params, a, b).sum())).lower(images, images).compile().as_text()
+    assert "convolution" in program and not re.search("all-to-all|collective-permute|all-gather", program)
 
 
 def test_unknown_names_raise():

@@ -30,7 +30,9 @@ class LPIPS(nn.Module):
 
     @nn.compact
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        x = (jnp.concatenate([a, b]).astype(jnp.float32) - _SHIFT) / _SCALE
+        # Pairs side by side, so that on a mesh each device holds both of its own: no features travel.
+        pairs = jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+        x = (pairs.astype(jnp.float32) - _SHIFT) / _SCALE
         distance = jnp.zeros(a.shape[0])
         for stage, (width, depth) in enumerate(zip(self.config.widths, self.config.depths, strict=True)):
             if stage:
@@ -38,7 +40,7 @@ class LPIPS(nn.Module):
             for k in range(depth):
                 x = nn.relu(Conv(width, name=f"stage_{stage}_conv_{k}")(x))
             unit = x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + _EPSILON)
-            unit_a, unit_b = jnp.split(unit, 2)
+            unit_a, unit_b = jnp.moveaxis(unit.reshape(-1, 2, *unit.shape[1:]), 1, 0)
             weights = self.param(f"linear_{stage}", nn.initializers.constant(1 / width), (width,))
             distance += jnp.mean(jnp.einsum("bhwc,c->bhw", (unit_a - unit_b) ** 2, weights), axis=(1, 2))
         return distance
