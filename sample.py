@@ -36,7 +36,7 @@ from vqgan_jax.request.flags import Asked, asked_of, define_request_flags
 from vqgan_jax.request.request import Request
 from vqgan_jax.request.sheet import draw_sheet
 from vqgan_jax.sampling.job import SHEET, SampleFolder, host_share
-from vqgan_jax.sampling.large import LargeOptions
+from vqgan_jax.sampling.large import LargeOptions, centre_of
 from vqgan_jax.sampling.strategies import Strategy
 from vqgan_jax.sampling.strategy_flags import define_strategy_flags, strategy_of
 from vqgan_jax.train.setup import DTYPES
@@ -92,7 +92,7 @@ def sample(
         "decode": decode,
         "dtype": dtype,
         **request.record,
-        **({"centre": "lower"} if "boxes" in model.condition.keys and grid != model.config.grid else {}),
+        **({"centre": "lower"} if centre_of(model) == "lower" and grid != model.config.grid else {}),
         **({"first_stage": str(storage.absolute(first_stage))} if first_stage else {}),
     }
 

@@ -18,9 +18,10 @@ TRANSFORMERS = (*_PAPER, *modern_transformer.SIZES)
 
 
 def transformer(name: str) -> tuple[ConfigDict, ConfigDict]:
-    """Of TRANSFORMERS, the config of the run and `config.model` of its first stage."""
-    if name in _PAPER:
-        row = _PAPER[name]
+    """Of TRANSFORMERS, or of the rows of configs/paper_transformer.py, the config of the run and `config.model` of its
+    first stage."""
+    row = _PAPER.get(name, name)
+    if row in paper_transformer.ROWS:
         return paper_transformer.get_config(row), paper_vqgan.get_config(paper_transformer.ROWS[row].first).model
     return modern_transformer.get_config(name), modern_vqgan.get_config().model
 

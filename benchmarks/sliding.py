@@ -31,7 +31,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from benchmarks.machine import matmul_rate
+from benchmarks.machine import matmul_rate, transformer
 from benchmarks.sampling import initial, row
 from configs import demo_transformer, demo_vqgan, paper_transformer, paper_vqgan
 from vqgan_jax import cli, parallel
@@ -47,9 +47,9 @@ WAYS = {"serial": dict(serial=True), "wavefront": {}, "stride 4": dict(stride=4)
 
 
 def _paper() -> tuple[ConfigDict, ConfigDict, dict[str, ConfigDict]]:
-    row = paper_transformer.ROWS["depth_imagenet"]
-    first, depth = (paper_vqgan.get_config(name).model for name in (row.first, row.cond))
-    return paper_transformer.get_config("depth_imagenet").model, first, {"depth": depth}
+    config, first = transformer("depth_imagenet")
+    depth = paper_vqgan.get_config(paper_transformer.ROWS["depth_imagenet"].cond).model
+    return config.model, first, {"depth": depth}
 
 
 def _demo() -> tuple[ConfigDict, ConfigDict, dict[str, ConfigDict]]:
@@ -75,10 +75,10 @@ MODELS = {
 
 def build(name: str, dtype: Any) -> ImageTransformer:
     """One of MODELS."""
-    row = MODELS[name]
-    config, *stages = row.layout()
+    layout, *size = MODELS[name]
+    config, *stages = layout()
     gpt = config.transformer
-    gpt.layers, gpt.heads, gpt.width = row.layers, row.heads, row.width
+    gpt.layers, gpt.heads, gpt.width = size
     first, conditions = jax.tree.map(
         lambda stage: Tokenizer(VQGAN(VQGANConfig.from_config(stage, key="model"))),
         stages,

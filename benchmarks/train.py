@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.machine import TRANSFORMERS, bandwidth, best, matmul_rate, transformer
-from configs import paper_transformer, paper_vqgan
+from benchmarks.machine import bandwidth, best, matmul_rate, transformer
+from configs import paper_vqgan
 from vqgan_jax import parallel
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
 from vqgan_jax.tokenizer import Tokenizer
@@ -60,11 +60,8 @@ def make_job(name: str, batch: int, dtype: str, small: bool) -> tuple[ConfigDict
     first = None
     if name in paper_vqgan.ROWS:
         config = paper_vqgan.get_config(name)
-    elif name in TRANSFORMERS:
-        config, first = transformer(name)
     else:
-        config = paper_transformer.get_config(name)
-        first = paper_vqgan.get_config(paper_transformer.ROWS[name].first).model
+        config, first = transformer(name)
     config.batch_size, config.dtype = batch, dtype
     return config, vqgan_job(config, small) if first is None else transformer_job(config, first, name, small)
 

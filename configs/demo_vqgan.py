@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # A stem of stride 4 and a pixel-shuffle tail: nothing runs above 16x16, which is where a CPU's time would go.
     ae.resolution, ae.stem, ae.channels, ae.multipliers, ae.blocks = 64, 4, 64, (1, 1), 1
     ae.decoder_extra_blocks, ae.attention_resolutions, ae.z_channels = 0, (), 64
-    config.model.quantizer = choose("quantizer", arg.quantizer, codebooks())
+    config.model.quantizer = quantizers.of_size(arg.quantizer, 256, 16)
     config.model.discriminator.enabled = False
     config.loss.reconstruction, config.loss.perceptual_weight = "l2", 0.0
     config.optimizer = common.adam(2e-3, b1=0.9, b2=0.99, clip_norm=1.0, schedule="cosine", warmup="50", hold="50%")
@@ -42,21 +42,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg.reference:
         common.reference(config)
     return common.run_local(config) if arg.runlocal else config
-
-
-def codebooks() -> dict[str, ConfigDict]:
-    """Each kind with 256 codes, or about so many."""
-    return {
-        "ema": quantizers.ema(256, 16),
-        "vq": quantizers.vq(256, 16),
-        "low_dim": quantizers.low_dim_vq(256, 8),
-        "gumbel": quantizers.gumbel(256, 16),
-        "fsq": quantizers.fsq((8, 6, 5)),
-        "lfq": quantizers.lfq(8),
-        "bsq": quantizers.bsq(8),
-        "simvq": quantizers.simvq(256, 16),
-        "ibq": quantizers.ibq(256, 16),
-    }
 
 
 def condition(config: ConfigDict) -> None:

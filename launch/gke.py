@@ -6,9 +6,9 @@
 kubectl must point at the cluster (gcloud container clusters get-credentials), which needs the JobSet operator. Exit
 codes 42 (preempted, saved) and 200 (a storage that does not answer) and lost nodes restart all slices, however often;
 crashes, and hosts that left because others were gone (134), --restarts times in the JobSet's life, which has no other
-count: 134 is also what the others end with where one has a mistake of the user. What is compiled is
-kept beside the command's --workdir or --out, for restarts to find; --env=JAX_COMPILATION_CACHE_DIR=... names another
-place. No more is imported than PyYAML, so that it runs where JAX does not.
+count: 134 is also what the others end with where one has a mistake of the user. What is compiled is kept beside the
+command's --workdir or --out, for restarts to find; --env=JAX_COMPILATION_CACHE_DIR=... names another place. No more is
+imported than PyYAML, so that it runs where JAX does not.
 
 Through xpk the rules are xpk's own: exit code 42, what was killed (127 and above) and lost nodes restart all slices, at
 most 1000 times together, for xpk does not count preemptions apart; any other exit code, that of a crash (1) too, ends
@@ -285,12 +285,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--restarts", type=int, help="of crashes and lost hosts (10); exit codes 42 and 200 do not count; not of --xpk"
     )
-    parser.add_argument(
-        "--grace",
-        type=int,
-        default=GRACE,
-        help="seconds between SIGTERM and SIGKILL",
-    )
+    parser.add_argument("--grace", type=int, default=GRACE, help="seconds between SIGTERM and SIGKILL")
     parser.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="environment; any number of them"
     )

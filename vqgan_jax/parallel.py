@@ -59,7 +59,7 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
             f"config.mesh: {asked} does not fit {len(devices)} devices; "
             "the product of data, fsdp and tensor must be the number of devices (one may be -1)"
         )
-    if len({_slice_of(device) for device in devices}) == 1:
+    if len({slice_of(device) for device in devices}) == 1:
         try:
             return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
         except NotImplementedError as error:  # of a TPU's torus
@@ -67,7 +67,7 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     return Mesh(_over_slices(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _slice_of(device: jax.Device) -> int:
+def slice_of(device: jax.Device) -> int:
     """The slice of a TPU, the node of a GPU; 0 where JAX knows of neither."""
     return getattr(device, "slice_index", 0)
 
@@ -80,7 +80,7 @@ def _over_slices(shape: list[int], devices: list[jax.Device]) -> np.ndarray:
     Raises:
       UserError: TPUs where neither axis divides over the slices, or what is left does not fit the chips' network.
     """
-    sizes = collections.Counter(map(_slice_of, devices))
+    sizes = collections.Counter(map(slice_of, devices))
     slices, even = len(sizes), len(set(sizes.values())) == 1
     for axis in range(len(BATCH_AXES)):
         if even and shape[axis] % slices == 0:
@@ -92,7 +92,7 @@ def _over_slices(shape: list[int], devices: list[jax.Device]) -> np.ndarray:
             except NotImplementedError as error:
                 raise UserError(f"config.mesh: {inside} in a slice cannot be laid onto its chips ({error})") from None
     if devices[0].platform == "gpu":
-        return np.array(sorted(devices, key=lambda device: (_slice_of(device), device.id))).reshape(shape)
+        return np.array(sorted(devices, key=lambda device: (slice_of(device), device.id))).reshape(shape)
     raise UserError(f"config.mesh: the devices are {slices} slices; make data (or fsdp) a multiple of {slices}")
 
 

@@ -54,12 +54,10 @@ class Condition(Protocol):
         """Tokens of a whole picture of `grid` codes; `length` on the trained one."""
 
 
-class Whole:
-    """A condition that says the same of every window."""
+class _Alone:
+    """A condition that is not several at once."""
 
-    spatial = False
     labels = 0
-    length: int
 
     @property
     def parts(self) -> tuple[Condition, ...]:
@@ -68,6 +66,13 @@ class Whole:
     def whole(self, frozen: Frozen, batch: Batch) -> jax.Array:
         """See `Condition.whole`."""
         return self.tokens(frozen, batch)
+
+
+class Whole(_Alone):
+    """A condition that says the same of every window."""
+
+    spatial = False
+    length: int
 
     def window(self, tokens: jax.Array, grid: Grid, top: jax.Array, left: jax.Array, size: Grid) -> jax.Array:
         """See `Condition.window`."""
@@ -78,20 +83,11 @@ class Whole:
         return self.length
 
 
-class Spatial:
+class Spatial(_Alone):
     """A condition with a token a code, in raster order; `grid` is the trained one."""
 
     spatial = True
-    labels = 0
     grid: Grid
-
-    @property
-    def parts(self) -> tuple[Condition, ...]:
-        return (self,)
-
-    def whole(self, frozen: Frozen, batch: Batch) -> jax.Array:
-        """See `Condition.whole`."""
-        return self.tokens(frozen, batch)
 
     @property
     def length(self) -> int:

@@ -2,7 +2,6 @@
 statistics files of this and other tools. Statistics of different presets or networks are never compared."""
 
 import dataclasses
-import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -222,8 +221,7 @@ def cached(
     if folder is None:
         return make()
     whole = {"format": _FORMAT, "preset": extract.preset.name, "net": extract.net.sha256, **identity}
-    text = json.dumps(whole, sort_keys=True)
-    file = storage.path(folder) / f"{extract.preset.name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
+    file = storage.path(folder) / f"{extract.preset.name}-{storage.digest(whole)[:32]}.npz"
     if gather(np.array(int(file.exists()))).all():
         logging.info("statistics from %s", file)
         return Statistics.load(file)

@@ -42,6 +42,11 @@ class LargeOptions:
     announce: Callable[[str], None] = lambda line: None
 
 
+def centre_of(model: ImageTransformer) -> str:
+    """Where the exact window has its centre, see `sliding.window_start`: the reference has layouts' apart."""
+    return "lower" if "boxes" in model.condition.keys else "upper"
+
+
 def window_logits(
     model: ImageTransformer, params: Any, condition: jax.Array, grid: tuple[int, int], strategy: Strategy
 ) -> WindowLogits:
@@ -99,7 +104,7 @@ class LargeSampler:
         Args:
           model: the stage-2 model.
           grid: height and width in codes.
-          centre: of the exact window, see `sliding.window_start`; by default the reference's for this condition.
+          centre: of the exact window, see `sliding.window_start`; by default that of `centre_of`.
           serial: of the exact window: one token after the other, as the reference; the same tokens, slowly.
           stride: 0 for the exact window; else codes by which block windows advance, see `blocks`.
           multiple: windows that run together are filled up to one of this.
@@ -114,7 +119,7 @@ class LargeSampler:
             )
         self.model, self.grid, self._multiple, self._most = model, grid, multiple, steps
         self.tokens = grid[0] * grid[1]
-        centre = centre or ("lower" if "boxes" in model.condition.keys else "upper")
+        centre = centre or centre_of(model)
         self._blocks = Blocks(grid, model.config.grid, stride) if stride else None
         self._wavefront = None if stride else Wavefront(grid, model.config.grid, centre, serial, multiple)
         self.total = self._wavefront.steps if self._wavefront else len(list(self._blocks.batches()))

@@ -72,8 +72,7 @@ def plan(
     if compiled and (used := device_bytes(compiled) + uncounted) <= budget:
         return Plan("whole", used, lambda variables, x: np.asarray(compiled(variables, x)))
     rows = shape[1], jax.eval_shape(convert, abstract, x).shape[1]
-    parts = math.gcd(*rows)
-    parts = max(n for n in range(1, mesh.size + 1) if parts % n == 0)
+    parts = max(n for n in range(1, mesh.size + 1) if math.gcd(*rows) % n == 0)
     if parts > 1:
         some = mesh if parts == mesh.size else Mesh(mesh.devices.ravel()[:parts], "data")
         sharded, used = compile_sharded(convert, abstract, x, some)

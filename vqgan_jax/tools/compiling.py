@@ -6,7 +6,6 @@ takes the seconds of tracing, and no change of code or config can make it stale.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -21,7 +20,7 @@ import jax
 
 from vqgan_jax import storage, weights
 from vqgan_jax.hlo import Module
-from vqgan_jax.parallel import exceeds_memory, platform
+from vqgan_jax.parallel import exceeds_memory, platform, slice_of
 from vqgan_jax.tools.programs import Program
 from vqgan_jax.train.roofline import Cost, Traffic, count_flops, program_cost
 
@@ -91,10 +90,9 @@ def _key(program: Program, lowered: Any) -> str:
     devices = program.mesh.devices.flat
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu") if _installed(name)}
     flags = {name: os.environ.get(name, "") for name in _FLAGS}
-    places = [(getattr(d, "slice_index", 0), getattr(d, "coords", d.id)) for d in devices]
+    places = [(slice_of(d), getattr(d, "coords", d.id)) for d in devices]
     place = [devices[0].device_kind, dict(program.mesh.shape), places]
-    text = json.dumps([lowered.as_text(), place, versions, flags, _FORMAT])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return storage.digest([lowered.as_text(), place, versions, flags, _FORMAT])
 
 
 _FORMAT = 3  # of what is kept; raise it with the meaning of a figure
