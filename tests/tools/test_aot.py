@@ -156,6 +156,22 @@ def test_an_activation_that_grows_with_the_devices_is_named():
     assert aot.growing(buffers(2, P("data")), buffers(8, P("data")), floor=10**5) == []
 
 
+def test_growth_of_a_buffer_that_was_too_small_to_be_kept():
+    before = {"attention": (4000, "f32[1000]"), "norm": (1000, "f32[250]")}
+
+    def grown(name, size, shape, floor=500):
+        found = aot.growing(before, before | {name: (size, shape)}, floor)
+        return [(buffer["made_by"], buffer["from"], buffer["to"]) for buffer in found]
+
+    assert grown("metric", 64000, "f32[64,250]") == [("metric", 1000, 64000)]  # by 64 at least
+    assert grown("metric", 64000, "f32[64,250]", floor=63000) == []
+    assert grown("metric", 1200, "f32[300]", floor=100) == []  # it may have had 1000
+    assert grown("gradient", 4000, "f32[1000]") == []  # fused on fewer chips, or here
+    assert grown("gradient", 5000, "f32[1000], f32[250]") == []  # two, which were apart
+    assert grown("gradient", 68000, "f32[1000], f32[64,250]") == [("gradient", 1000, 68000)]
+    assert grown("norm", 4000, "f32[1000]") == [("norm", 1000, 4000)]  # a known name: whatever its shape
+
+
 @pytest.mark.parametrize("size", [32, (32, 64)])
 def test_the_abstract_batch_is_what_the_pipeline_makes(size):
     config = demo_vqgan.get_config()
@@ -203,8 +219,27 @@ def test_nothing_grows_with_the_devices(compiled_step, capsys):
     found = aot.report(tiny_transformer(), "cpu:8", stages=first_stage(), smaller="cpu:4")
     assert found["growth"] == [] and found["temporaries"] == compiled_step["temporaries"]
     assert "no activation grows" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--scaling=cpu:8: has 8 chips"):
-        aot.report(tiny_transformer(), "cpu:8", stages=first_stage(), smaller="cpu:8")
+
+
+@pytest.mark.parametrize(
+    "what, smaller, batch, mend",
+    [
+        ("train", "cpu:8", 16, "has 8 chips; name a slice with fewer than 8"),
+        ("train", "cpu:4", 3, "config.batch_size a multiple of 2"),
+        ("sample", "cpu:4", 16, "compares train steps, not --what=sample"),
+        ("encode", "cpu:4", 16, "compares train steps, not --what=encode"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_anything_is_compiled(what, smaller, batch, mend, monkeypatch):
+    monkeypatch.setattr(aot, "build", lambda *_, **__: pytest.fail("built"))
+    with pytest.raises(UserError, match=f"^--scaling={smaller}: .*{mend}"):
+        aot.report(tiny_transformer(batch_size=batch), "cpu:8", what=what, smaller=smaller)
+
+
+def test_a_smaller_slice_has_the_same_batch_a_chip():
+    config = tiny_transformer(batch_size=24)
+    smaller, devices = aot.on_fewer(config, "cpu:2", 8, "train")
+    assert (smaller.batch_size, len(devices), config.batch_size) == (6, 2, 24)
 
 
 def test_stages_are_asked_for_and_must_fit():

@@ -9,6 +9,7 @@ Prints the memory of each chip, work, collectives, and the roofline: time, image
 """
 
 import dataclasses
+import math
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -53,21 +54,23 @@ def report(
       stages: of stage 2, see `programs.train_program`.
       batch: of sampler and encoder: pictures at once on each host; 0: CHIP_IMAGES a chip.
       examples: of the training split, for durations in epochs.
-      smaller: a topology with fewer chips to compile for too, at the same batch a chip; "" for none.
+      smaller: of a train step: a topology with fewer chips to compile for too, at the same batch a chip; "" for none.
       save: file that keeps the compiled program; "" for none.
 
     Raises:
       UserError: no such topology, a batch or mesh that does not fit it, or what the script would raise.
     """
     devices = topologies.devices_of(topology)
+    fewer = on_fewer(config, smaller, len(devices), what) if smaller else None
     program = build(config, devices, what=what, stages=stages, batch=batch, examples=examples)
     compiled = compile_cached(program, keep=bool(save))
     found = figures(program, compiled, len(devices), chip_of(devices[0].device_kind))
     found |= {"topology": topology, "what": what, "mesh": dict(program.mesh.shape)}
     for name, text in lines(found, config):
         _line(name, text)
-    if smaller:
-        found["growth"] = compare(config, topology, smaller, compiled, len(devices), what, stages, batch, examples)
+    if fewer:
+        program = build(fewer[0], fewer[1], what=what, stages=stages, batch=batch, examples=examples)
+        found["growth"] = compare(compile_cached(program), compiled, smaller)
     if save and compiled.executable is not None:
         _line("saved", keep(compiled.executable, devices[0], save))
     return found
@@ -200,35 +203,41 @@ def mends(found: dict[str, Any], config: ConfigDict) -> list[str]:
     return ways + ["a smaller --config.batch_size, or chips with more memory"]
 
 
-def compare(
-    config: ConfigDict,
-    topology: str,
-    smaller: str,
-    compiled: Compiled,
-    chips: int,
-    what: str,
-    stages: Any,
-    batch: int,
-    examples: int,
-) -> list[dict[str, Any]]:
-    """Compiles for a smaller slice with the same batch a chip, and prints what grows with the number of chips."""
+def on_fewer(config: ConfigDict, smaller: str, chips: int, what: str) -> tuple[ConfigDict, list[Any]]:
+    """A train step's config at the same batch a chip on a smaller slice, and the devices of that.
+
+    Raises:
+      UserError: no train step (each host samples and encodes apart: nothing there knows how many chips there are), not
+        fewer chips, or no whole batch for them.
+    """
+    if what != "train":
+        raise UserError(f"--scaling={smaller}: compares train steps, not --what={what}, where each host works alone")
     devices = topologies.devices_of(smaller)
     if not 0 < len(devices) < chips:
         raise UserError(f"--scaling={smaller}: has {len(devices)} chips; name a slice with fewer than {chips}")
-    if what == "train":
-        config = config.copy_and_resolve_references()
-        config.batch_size = config.batch_size * len(devices) // chips
-    program = build(config, devices, what=what, stages=stages, batch=batch, examples=examples)
-    other = compile_cached(program)
-    if other.cost is None or compiled.cost is None:
+    config = config.copy_and_resolve_references()
+    images, rest = divmod(config.batch_size * len(devices), chips)
+    if rest:
+        several = chips // math.gcd(chips, len(devices))
+        raise UserError(f"--scaling={smaller}: as many images a chip need config.batch_size a multiple of {several}")
+    config.batch_size = images
+    return config, devices
+
+
+def compare(fewer: Compiled, more: Compiled, smaller: str) -> list[dict[str, Any]]:
+    """Prints what grows with the number of chips, and returns it: `growing` by 1 % of all temporaries or more.
+
+    Args:
+      fewer: compiled for the smaller slice.
+      more: compiled for the larger one, at the same batch a chip.
+      smaller: name of the smaller slice.
+    """
+    if fewer.cost is None or more.cost is None:
         _line("scaling", "not compared: one of both does not fit")
         return []
-    temporaries = [cost.temporaries for cost in (other.cost, compiled.cost)]
-    _line(
-        "scaling",
-        f"at the same batch a chip temporaries are {gib(temporaries[0])} GiB on {smaller}, {gib(temporaries[1])} here",
-    )
-    grown = growing(other.buffers, compiled.buffers, floor=0.01 * temporaries[0])
+    before, after = fewer.cost.temporaries, more.cost.temporaries
+    _line("scaling", f"at the same batch a chip temporaries are {gib(before)} GiB on {smaller}, {gib(after)} here")
+    grown = growing(fewer.buffers, more.buffers, floor=0.01 * before)
     for buffer in grown[:5]:
         _line("GROWS", f"{buffer['made_by']}: {buffer['shape']}, {gib(buffer['from'])} to {gib(buffer['to'])} GiB")
     if not grown:
@@ -236,19 +245,29 @@ def compare(
     return grown
 
 
-def growing(before: dict[str, Any], after: dict[str, Any], floor: float) -> list[dict[str, Any]]:
+def growing(
+    before: Mapping[str, tuple[int, str]], after: Mapping[str, tuple[int, str]], floor: float
+) -> list[dict[str, Any]]:
     """Buffers that are larger by more than a quarter and by `floor` bytes, the largest first.
 
+    An operation missing in `before` had a buffer too small to be kept there, or none: it was fused with its reader, or
+    its result stayed in fast memory. It counts as the smallest that was kept, so it grew by no less. So that another
+    choice of the compiler's is no growth, such a buffer must be of a shape that nothing kept had on fewer chips: what
+    grows with the chips has a longer axis.
+
     Args:
-      before: by the operation that makes it, (bytes, shape) of its largest buffer; on fewer chips.
+      before: by the operation that makes it, (bytes, shape) of its largest buffer; the largest, on fewer chips.
       after: the same on more chips.
       floor: growth below this is let pass.
     """
+    smallest = min((size for size, _ in before.values()), default=0)
+    known = {array for _, shape in before.values() for array in shape.split(", ")}
     found = [
-        {"made_by": name, "shape": shape, "from": before[name][0], "to": size}
+        {"made_by": name, "shape": shape, "from": before.get(name, (smallest, ""))[0], "to": size}
         for name, (size, shape) in after.items()
-        if name in before and size > 1.25 * before[name][0] and size - before[name][0] > floor
+        if name in before or not known.issuperset(shape.split(", "))
     ]
+    found = [b for b in found if b["to"] > 1.25 * b["from"] and b["to"] - b["from"] > floor]
     return sorted(found, key=lambda buffer: -buffer["to"])
 
 
@@ -309,7 +328,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("what", "train", WHAT, "The program: the train step, the sampler or the encoder.")
     flags.DEFINE_integer("batch", 0, "Sampler, encoder: images at once on each host; 0: 8 a chip.", lower_bound=0)
     flags.DEFINE_integer("examples", IMAGENET, "Training examples, for durations in epochs.", lower_bound=1)
-    flags.DEFINE_string("scaling", "", "A smaller slice: compile for it too, and name what grows with the chips.")
+    flags.DEFINE_string("scaling", "", "Train: a smaller slice, compiled for too, to name what grows with chips.")
     flags.DEFINE_string("json", "", "File to write the figures to.")
     flags.DEFINE_string("save", "", "File to keep the compiled program in.")
 
