@@ -19,6 +19,7 @@ BUCKET = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})
 ENDS = [
     (UserError("config.x: mend it"), exit_codes.USER_ERROR),
     (StorageError("the disk is away"), exit_codes.STORAGE),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), exit_codes.USER_ERROR),
     (BUCKET("503 Backend Error"), exit_codes.STORAGE),
     (BUCKET("Forbidden: gs://b/x"), exit_codes.USER_ERROR),
     *((OSError(number, os.strerror(number)), exit_codes.USER_ERROR) for number in (errno.ENOSPC, errno.EROFS)),
@@ -38,6 +39,8 @@ def test_what_a_user_should_hear_of_is_one_line_and_a_code(capsys, error, code):
 
 def test_other_ends_are_left_alone():
     assert cli.exit_code(lambda: None) == 0 and cli.exit_code(lambda: 7) == 7
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        cli.exit_code(lambda: exec("raise jax.errors.JaxRuntimeError('INTERNAL: a bug')", {"jax": jax}))
     with pytest.raises(KeyError):
         cli.exit_code(lambda: {}["x"])
     with pytest.raises(FileNotFoundError):

@@ -17,7 +17,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from vqgan_jax import storage, watchdog, weights
+from vqgan_jax import parallel, storage, watchdog, weights
 from vqgan_jax.config import UserError
 from vqgan_jax.exit_codes import LOST, PREEMPTED, STORAGE, USER_ERROR
 
@@ -116,6 +116,10 @@ def _told(error: Exception) -> tuple[int, str] | None:
         return USER_ERROR, str(error)
     if isinstance(error, storage.StorageError):
         return STORAGE, str(error)
+    if isinstance(error, jax.errors.JaxRuntimeError) and parallel.exceeds_memory(error):
+        reason = " ".join(str(error).split())[:300]
+        less = "fewer pictures at once (--batch, config.batch_size), config.remat or a larger config.mesh.fsdp"
+        return USER_ERROR, f"a device's memory is too small; {less} takes less ({reason})"
     code, reason = STORAGE if storage.may_pass(error) else USER_ERROR, " ".join(str(error).split()) or repr(error)
     if storage.is_bucket_error(error):
         return code, f"gs://: the bucket does not answer as it should ({reason})"
