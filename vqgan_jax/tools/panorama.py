@@ -61,7 +61,7 @@ TRAINING = (
             *RARELY,
             "--workdir={out}/vqgan",
         ),
-        seconds=160,
+        seconds=210,
     ),
     Step(
         "train the VQGAN of segmentation",
@@ -76,7 +76,7 @@ TRAINING = (
             *RARELY,
             "--workdir={out}/segmentation",
         ),
-        seconds=70,
+        seconds=105,
     ),
     Step(
         "train the transformer",
@@ -97,7 +97,7 @@ TRAINING = (
             *RARELY,
             "--workdir={out}/transformer",
         ),
-        seconds=450,
+        seconds=440,
     ),
 )
 
