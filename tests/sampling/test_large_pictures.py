@@ -1,5 +1,7 @@
 """Larger pictures of a trained model: their conditions and given parts are encoded within the memory, and kept."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -8,8 +10,35 @@ from tests import reference as ref
 from vqgan_jax import parallel, pretrained
 from vqgan_jax.sampling.large import LargeOptions
 from vqgan_jax.sampling.strategies import Strategy
+from vqgan_jax.trained_transformer import TrainedTransformer
 
 GRID = (18, 24)
+
+
+def test_tiles_are_of_the_trained_size_however_it_is_shaped():
+    """A window of 4 x 8 codes: tiles of 4 x 8, on every device one, for pictures and what is encoded alike."""
+    seen = []
+
+    def local(variables, x, enlarge):
+        seen.append(x.shape)
+        return x.repeat(2, 1).repeat(2, 2)[..., None] * variables if enlarge else x[:, ::2, ::2, 0].astype("int32")
+
+    first = SimpleNamespace(
+        config=SimpleNamespace(input_key="image"),
+        codebook_size=64,
+        factor=2,
+        decode=lambda variables, ids: local(variables, ids, True),
+        encode=lambda variables, x: local(variables, x, False),
+    )
+    model = SimpleNamespace(config=SimpleNamespace(grid=(4, 8)), first_stage=first)
+    trained = TrainedTransformer(model, None, {"first_stage": np.float32(1)}, None, {})
+    mesh = parallel.make_mesh({"data": 4, "fsdp": 2, "tensor": 1})
+    ids = np.random.default_rng(0).integers(64, size=(1, 10, 21), dtype=np.int32)
+    picture = ids.repeat(2, 1).repeat(2, 2)[..., None].astype(np.float32)
+    for method, x, made in (("decode", ids, picture), ("encode", picture, ids)):
+        asked = (method, first, "first_stage", x.shape, x.dtype, mesh, LargeOptions(tiles=True))
+        np.testing.assert_allclose(trained._convert_large(*asked)(x), made, atol=1e-4)
+    assert seen == [(8, 4, 8), (8, 8, 16, 1)]
 
 
 @pytest.mark.slow

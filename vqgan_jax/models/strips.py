@@ -2,9 +2,11 @@
 
 `apply_in_strips` runs a method of a VQGAN with whole activations on the host and strips of rows on the device. The
 result is that of the plain model, for each layer sees what it would see: a convolution the rows beyond its strip,
-GroupNorm the statistics of the whole picture (in two passes), attention all keys. Only the order of sums differs.
+GroupNorm the statistics of the whole picture (in two passes), attention all keys. Only the order of sums differs. Of a
+shape alone it tells what that will take.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,15 +26,29 @@ Array = np.ndarray
 _COPIES = 3  # of a strip's input and output that a layer's program holds, at a first guess
 
 
+@dataclasses.dataclass
+class Peak:
+    """The most bytes at once.
+
+    Attributes:
+      device: what a program takes, by the compiler's account; never above the budget.
+      host: the activations that a program reads and makes.
+    """
+
+    device: int = 0
+    host: int = 0
+
+
 class Strips:
     """Runs programs over strips of rows within a budget of device memory.
 
     Attributes:
-      peak: the most bytes that a program has used so far, by the compiler's account; never above the budget.
+      peak: of what was run, or planned, so far.
     """
 
-    def __init__(self, budget: int):
-        self.budget, self.peak = budget, 0
+    def __init__(self, budget: int, planning: bool = False):
+        """`planning`: programs are compiled, but not run; arrays are stand-ins."""
+        self.budget, self.planning, self.peak = budget, planning, Peak()
 
     def sweep(
         self,
@@ -43,8 +59,8 @@ class Strips:
         unit: tuple[int, int] = (1, 1),
         halo: tuple[int, int] = (0, 0),
         unit_bytes: int,
-    ) -> list[tuple[slice, Array]]:
-        """Runs `program(consts, inside, *strips)` over all rows.
+    ) -> Array:
+        """Runs `program(consts, inside, *strips)` over all rows; [b, h', ...].
 
         Args:
           program: jitted; `inside` bool [rows] says which rows of the strips lie in the picture (beyond it stand
@@ -54,9 +70,6 @@ class Strips:
           unit: rows that go in and come out together.
           halo: rows beyond the strip, before and after, that go in too.
           unit_bytes: of input, output and workspace a unit, at a first guess.
-
-        Returns:
-          a list of (rows of the output, what the program made of them); the last may repeat rows of the one before.
 
         Raises:
           UserError: not even one unit fits into the budget.
@@ -71,19 +84,37 @@ class Strips:
             if used is not None and used <= self.budget:
                 break
             if count == 1:
-                takes = "more than the device has" if used is None else f"{used >> 20} MiB"
-                raise UserError(f"the memory budget of {self.budget >> 20} MiB is too small: a row takes {takes}")
+                takes = "more than the device has" if used is None else f"{used / 2**20:.4g} MiB"
+                has = f"the memory budget of {self.budget / 2**20:.4g} MiB a device"
+                raise UserError(f"{has} is too small, a row of a layer takes {takes}: give more, or convert in tiles")
             count = count // 2 if used is None else min(count - 1, count * self.budget // used) or 1
-        self.peak = max(self.peak, used)
-        consts, found = jax.device_put(consts), []
+        made = jax.eval_shape(program, jax.tree.map(shape_of, consts), inside, *shapes)
+        shape = (made.shape[0], units * unit[1], *made.shape[2:])
+        whole = stand_in(shape, made.dtype) if self.planning else np.empty(shape, made.dtype)
+        held = sum(x.nbytes for x in (*inputs, *jax.tree.leaves(consts), whole))
+        self.peak = Peak(max(self.peak.device, used), max(self.peak.host, held))
+        if self.planning:
+            return whole
+        consts = jax.device_put(consts)
         for first in range(0, units, count):
-            first = min(first, units - count)
+            first = min(first, units - count)  # the last may repeat rows of the one before
             top = first * unit[0] - halo[0]
             strips = [_rows(x, top, rows) for x in inputs]
             inside = (np.arange(rows) + top >= 0) & (np.arange(rows) + top < inputs[0].shape[1])
-            made = jax.device_get(compiled(consts, inside, *strips))
-            found.append((slice(first * unit[1], (first + count) * unit[1]), made))
-        return found
+            whole[:, first * unit[1] : (first + count) * unit[1]] = jax.device_get(compiled(consts, inside, *strips))
+        return whole
+
+
+class _StandIn(np.ndarray):
+    """Zeros of any shape in the memory of one: a view of it, which must not become a copy."""
+
+    def astype(self, dtype: Any) -> "_StandIn":
+        return stand_in(self.shape, dtype)
+
+
+def stand_in(shape: tuple[int, ...], dtype: Any) -> Array:
+    """An array to plan with."""
+    return np.broadcast_to(np.zeros((), dtype).view(_StandIn), shape, subok=True)
 
 
 def _rows(x: Array, top: int, rows: int) -> Array:
@@ -108,15 +139,6 @@ def _compile(program: Callable[..., Any], *shapes: Any) -> tuple[Any, int | None
     return _COMPILED[key]
 
 
-def _joined(parts: list[tuple[slice, Array]]) -> Array:
-    """The whole of what `sweep` made strip by strip."""
-    rows, made = parts[-1]
-    whole = np.empty((made.shape[0], rows.stop, *made.shape[2:]), made.dtype)
-    for rows, made in parts:
-        whole[:, rows] = made
-    return whole
-
-
 @jax.jit
 def _sums(shift: jax.Array, inside: jax.Array, x: jax.Array) -> jax.Array:
     """Sums of x - shift and of its square over each row and group: [b, h, 2, groups], with shift [b, groups]."""
@@ -132,7 +154,7 @@ def _statistics(strips: Strips, x: Array) -> tuple[Array, Array]:
     shift = np.zeros((b, layers.GROUPS), np.float32)
     count = h * w * c // layers.GROUPS
     for _ in range(2):
-        rows = _joined(strips.sweep(_sums, (x,), shift, unit_bytes=b * w * c * 4))  # [b, h, 2, groups]
+        rows = strips.sweep(_sums, (x,), shift, unit_bytes=b * w * c * 4)  # [b, h, 2, groups]
         first, second = np.moveaxis(rows.astype(np.float64).sum(1), 1, 0) / count
         mean, variance = shift + first, second - np.square(first)
         shift = mean.astype(np.float32)  # around which the second pass measures
@@ -197,8 +219,7 @@ def _conv(
     consts = {"conv": params, "norm": norm, "shortcut": shortcut}
     inputs = (x,) if residual is None else (x, residual)
     program = _conv_program(stride, padding, jnp.dtype(dtype), upsample)
-    parts = strips.sweep(program, inputs, consts, unit=(stride, scale), halo=padding, unit_bytes=unit_bytes)
-    return _joined(parts)
+    return strips.sweep(program, inputs, consts, unit=(stride, scale), halo=padding, unit_bytes=unit_bytes)
 
 
 def _run_conv(strips: Strips, module: layers.Conv, params: Params, x: Array) -> Array:
@@ -208,7 +229,7 @@ def _run_conv(strips: Strips, module: layers.Conv, params: Params, x: Array) -> 
 def _run_norm(strips: Strips, module: layers.GroupNorm, params: Params, x: Array) -> Array:
     program = _norm_program(jnp.dtype(module.dtype), module.swish)
     norm = (*_statistics(strips, x), params)
-    return _joined(strips.sweep(program, (x,), norm, unit_bytes=8 * x[:, 0].size))
+    return strips.sweep(program, (x,), norm, unit_bytes=8 * x[:, 0].size)
 
 
 def _run_resnet(strips: Strips, module: layers.ResnetBlock, params: Params, x: Array) -> Array:
@@ -248,11 +269,11 @@ def _run_attention(strips: Strips, module: layers.AttentionBlock, params: Params
     project, attend = _attention_programs(jnp.dtype(module.dtype))
     norm = (*_statistics(strips, x), params["norm"])
     key, value = (
-        _joined(strips.sweep(project, (x,), {"norm": norm, "conv": params[name]}, unit_bytes=8 * b * w * c))
+        strips.sweep(project, (x,), {"norm": norm, "conv": params[name]}, unit_bytes=8 * b * w * c)
         for name in ("key", "value")
     )
     consts = {"norm": norm, "keys": key, "values": value, "query": params["query"], "out": params["out"]}
-    return _joined(strips.sweep(attend, (x,), consts, unit_bytes=4 * b * w * (2 * c + h * w)))
+    return strips.sweep(attend, (x,), consts, unit_bytes=4 * b * w * (2 * c + h * w))
 
 
 _RUN: dict[type[nn.Module], Callable[..., Array]] = {
@@ -268,29 +289,29 @@ _RUN: dict[type[nn.Module], Callable[..., Array]] = {
 def apply_in_strips(
     model: VQGAN,
     variables: Mapping[str, Any],
-    x: Array,
+    x: Array | jax.ShapeDtypeStruct,
     *,
     method: str,
     budget: int,
-    done: Callable[[str], None] = lambda name: None,
-) -> tuple[Array, int]:
+) -> tuple[Array, Peak]:
     """`model.apply(variables, x, method=method)` for pictures of any size.
 
     Args:
       model: without remat.
       variables: of the model; they come to the device layer by layer.
-      x: "decode": ids int32 [b, h, w]; "encode": images float32 [b, h, w, c].
+      x: "decode": ids int32 [b, h, w]; "encode": images float32 [b, h, w, c]. Of a shape alone all is compiled and
+        nothing run: the result is a stand-in without memory.
       method: "decode" or "encode".
       budget: bytes of device memory that any layer may take.
-      done: called with a layer's name after it, for a progress bar.
 
     Returns:
-      What the method returns, on the host, and the bytes of device memory that the largest layer took.
+      What the method returns, on the host, and the memory that it took.
 
     Raises:
       UserError: a budget too small for one row of the widest layer.
     """
-    strips = Strips(budget)
+    planning = isinstance(x, jax.ShapeDtypeStruct)
+    x, strips = stand_in(x.shape, x.dtype) if planning else x, Strips(budget, planning)
 
     def run(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
@@ -300,9 +321,7 @@ def apply_in_strips(
             return _QUANTIZER[context.method_name](strips, module, np.asarray(args[0]))
         if context.method_name != "__call__" or type(module) not in _RUN:
             return next_fun(*args, **kwargs)
-        made = _RUN[type(module)](strips, module, module.variables["params"], np.asarray(args[0]))
-        done("/".join(module.path))
-        return made
+        return _RUN[type(module)](strips, module, module.variables["params"], np.asarray(args[0]))
 
     with nn.intercept_methods(run):
         made = model.apply(variables, x, method=method)
@@ -324,7 +343,7 @@ def _codes(strips: Strips, module: nn.Module, ids: Array) -> Array:
 def _swept(strips: Strips, module: nn.Module, method: str, x: Array, unit_bytes: int) -> Array:
     alone = module.clone(parent=None, name=None)
     variables = jax.tree.map(np.asarray, dict(module.variables))
-    return _joined(strips.sweep(_quantizer_program(alone, method), (x,), variables, unit_bytes=unit_bytes))
+    return strips.sweep(_quantizer_program(alone, method), (x,), variables, unit_bytes=unit_bytes)
 
 
 @functools.cache

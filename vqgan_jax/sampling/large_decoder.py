@@ -2,10 +2,11 @@
 over several devices or strip by strip, or approximately in overlapping tiles. Handed functions, not models."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -13,12 +14,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vqgan_jax.models.strips import Peak
 from vqgan_jax.parallel import compile_if_it_fits, device_bytes, shape_of
 
 Tree = Any
-Way = Literal["whole", "sharded", "strips", "tiles"]
+Way = Literal["whole", "sharded", "strips"]
+Size = tuple[int, int]
 Convert = Callable[[Tree, jax.Array], jax.Array]
-InStrips = Callable[[Tree, np.ndarray, int], tuple[np.ndarray, int]]
+InStrips = Callable[[Tree, np.ndarray | jax.ShapeDtypeStruct, int], tuple[np.ndarray, Peak]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,18 +29,20 @@ class Plan:
     """How something large is converted.
 
     Attributes:
-      way: "whole", "sharded" over the height, "strips", or the approximate "tiles".
-      bytes: of device memory that it takes on each device, by the compiler's account; of strips the budget.
+      way: "whole", "sharded" over the height, or in "strips"; all exact.
+      bytes: of device memory that it takes on each device, by the compiler's account.
       run: (variables, array) -> the result, on the host.
+      host: bytes of the host's memory where activations wait in it, 0 where they do not.
     """
 
     way: Way
     bytes: int
     run: Callable[[Tree, np.ndarray], np.ndarray]
+    host: int = 0
 
     def __str__(self) -> str:
-        exact = "approximate" if self.way == "tiles" else "exact"
-        return f"{self.way} ({exact}, at most {max(1, self.bytes >> 20)} MiB a device)"
+        host = f", {max(1, self.host >> 20)} MiB of the host" if self.host else ""
+        return f"{self.way} (exact, at most {max(1, self.bytes >> 20)} MiB a device{host})"
 
 
 def plan(
@@ -56,7 +61,7 @@ def plan(
 
     Args:
       convert: decodes ids [b, h, w], or encodes images [b, h, w, c].
-      in_strips: the same within a budget of bytes; returns what it took too.
+      in_strips: the same within a budget of bytes; returns what it took too. Of a shape it does so without running.
       variables: what `convert` takes.
       shape: of the array to convert.
       dtype: of the array.
@@ -64,6 +69,9 @@ def plan(
       mesh: of this process's devices.
       uncounted: bytes that it takes where the compiler's account leaves them out: on a CPU attention runs in a library
         that allocates its scores itself.
+
+    Raises:
+      UserError: a budget too small even for strips.
     """
     if jax.default_backend() != "cpu":
         uncounted = 0
@@ -78,7 +86,8 @@ def plan(
         sharded, used = compile_sharded(convert, abstract, x, some)
         if sharded and (used := used + uncounted // parts) <= budget:
             return Plan("sharded", used, sharded)
-    return Plan("strips", budget, lambda variables, x: in_strips(variables, np.asarray(x), budget)[0])
+    _, peak = in_strips(variables, x, budget)
+    return Plan("strips", peak.device, lambda variables, x: in_strips(variables, np.asarray(x), budget)[0], peak.host)
 
 
 def compile_sharded(
@@ -108,74 +117,96 @@ def compile_sharded(
     return run, device_bytes(compiled)
 
 
+def spread(convert: Convert, variables: Tree, mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:
+    """The conversion of batches that divide over all devices of the mesh, each of which takes its part."""
+    everywhere, parts = NamedSharding(mesh, P()), NamedSharding(mesh, P(mesh.axis_names))
+    program = jax.jit(convert, in_shardings=(everywhere, parts), out_shardings=parts)
+    return functools.partial(program, jax.device_put(variables, everywhere))
+
+
 def decode_tiles(
-    decode: Convert, variables: Tree, ids: np.ndarray, factor: int, *, tile: int, overlap: int
+    decode: Callable[[np.ndarray], jax.Array], ids: np.ndarray, factor: int, *, tile: Size, overlap: Size, together: int
 ) -> np.ndarray:
     """Decodes overlapping tiles by themselves and blends them: fast, and approximate, for each tile's norms and
     attention see that tile alone.
 
     Args:
-      decode: (variables, ids int32 [b, h, w]) -> images float32 [b, factor * h, factor * w, c], jitted.
-      variables: what it takes.
+      decode: ids int32 [together * b, h, w] -> images float32 [together * b, factor * h, factor * w, c].
       ids: int32 [b, h, w], any size.
       factor: pixels a code.
-      tile: codes a side.
-      overlap: codes that neighbours share at least, over which one fades into the other.
+      tile: height and width in codes.
+      overlap: codes that neighbours share at least, below and beside each other, over which one fades into the other.
+      together: tiles that are decoded as one batch.
 
     Returns:
       float32 [b, factor * h, factor * w, c].
     """
-    b, height, width = ids.shape
-    sizes = min(tile, height), min(tile, width)
-    tops, lefts = (_tile_starts(n, size, overlap) for n, size in zip((height, width), sizes, strict=True))
-    ramps = [
-        _ramps(starts, n, size, factor) for starts, n, size in zip((tops, lefts), (height, width), sizes, strict=True)
-    ]
+    b, *grid = ids.shape
+    starts, sizes = _tiling(grid, tile, overlap)
+    ramps = [_ramps(*axis, factor) for axis in zip(starts, grid, sizes, strict=True)]
     image = None
-    for top, down in zip(tops, ramps[0], strict=True):
-        for left, across in zip(lefts, ramps[1], strict=True):
-            piece = np.asarray(decode(variables, ids[:, top : top + sizes[0], left : left + sizes[1]]))
-            if image is None:
-                image = np.zeros((b, factor * height, factor * width, piece.shape[-1]), np.float32)
-            rows, columns = (slice(factor * x, factor * (x + s)) for x, s in zip((top, left), sizes, strict=True))
-            image[:, rows, columns] += piece * (down[:, None] * across)[..., None]
+    for (top, left), piece in _convert_tiles(decode, ids, starts, sizes, 1, together):
+        if image is None:
+            image = np.zeros((b, *(factor * n for n in grid), piece.shape[-1]), np.float32)
+        rows, columns = (slice(factor * x, factor * (x + s)) for x, s in zip((top, left), sizes, strict=True))
+        image[:, rows, columns] += piece * (ramps[0][top][:, None] * ramps[1][left])[..., None]
     return image
 
 
 def encode_tiles(
-    encode: Convert, variables: Tree, x: np.ndarray, factor: int, *, tile: int, overlap: int
+    encode: Callable[[np.ndarray], jax.Array], x: np.ndarray, factor: int, *, tile: Size, overlap: Size, together: int
 ) -> np.ndarray:
     """Encodes overlapping tiles by themselves, each the codes up to the middle of what it shares with its neighbours:
     approximate as `decode_tiles`.
 
     Args:
-      encode: (variables, [b, h, w, ...]) -> ids int32 [b, h / factor, w / factor], jitted.
-      variables: what it takes.
+      encode: [together * b, h, w, ...] -> ids int32 [together * b, h / factor, w / factor].
       x: [b, h, w, ...], any size that `factor` divides.
       factor: pixels a code.
-      tile: codes a side.
-      overlap: codes that neighbours share at least.
+      tile: height and width in codes.
+      overlap: codes that neighbours share at least, below and beside each other.
+      together: tiles that are encoded as one batch.
 
     Returns:
       int32 [b, h / factor, w / factor].
     """
-    b, height, width = x.shape[0], x.shape[1] // factor, x.shape[2] // factor
-    sizes = min(tile, height), min(tile, width)
-    tops, lefts = (_tile_starts(n, size, overlap) for n, size in zip((height, width), sizes, strict=True))
-    ids = np.zeros((b, height, width), np.int32)
-    for top, from_row in zip(tops, _middles(tops, sizes[0]), strict=True):
-        for left, from_column in zip(lefts, _middles(lefts, sizes[1]), strict=True):
-            rows, columns = (slice(factor * n, factor * (n + s)) for n, s in zip((top, left), sizes, strict=True))
-            piece = np.asarray(encode(variables, x[:, rows, columns]))
-            ids[:, from_row : top + sizes[0], from_column : left + sizes[1]] = piece[
-                :, from_row - top :, from_column - left :
-            ]
+    grid = [n // factor for n in x.shape[1:3]]
+    starts, sizes = _tiling(grid, tile, overlap)
+    first = [_middles(*axis) for axis in zip(starts, sizes, strict=True)]
+    ids = np.zeros((x.shape[0], *grid), np.int32)
+    for (top, left), piece in _convert_tiles(encode, x, starts, sizes, factor, together):
+        row, column = first[0][top], first[1][left]
+        ids[:, row : top + sizes[0], column : left + sizes[1]] = piece[:, row - top :, column - left :]
     return ids
 
 
-def _middles(starts: list[int], size: int) -> list[int]:
-    """Where each tile takes over from the one before it."""
-    return [0, *((before + size + start) // 2 for before, start in itertools.pairwise(starts))]
+def _tiling(grid: Sequence[int], tile: Size, overlap: Size) -> tuple[list[list[int]], list[int]]:
+    """The starts of tiles along both axes, and their sizes."""
+    sizes = [min(n, size) for n, size in zip(grid, tile, strict=True)]
+    return [_tile_starts(*axis) for axis in zip(grid, sizes, overlap, strict=True)], sizes
+
+
+def _convert_tiles(
+    convert: Callable[[np.ndarray], jax.Array],
+    x: np.ndarray,
+    starts: list[list[int]],
+    sizes: list[int],
+    scale: int,
+    together: int,
+) -> Iterator[tuple[Size, np.ndarray]]:
+    """Tops and lefts of tiles, and what is made of them; the last batch is filled up with repeats."""
+    places = list(itertools.product(*starts))
+    for begin in range(0, len(places), together):
+        some = places[begin : begin + together]
+        filled = [some[k % len(some)] for k in range(together)]
+        cut = [[slice(scale * n, scale * (n + s)) for n, s in zip(place, sizes, strict=True)] for place in filled]
+        made = np.asarray(convert(np.concatenate([x[:, rows, columns] for rows, columns in cut])))
+        yield from zip(some, np.split(made, together), strict=False)
+
+
+def _middles(starts: list[int], size: int) -> dict[int, int]:
+    """Where the tile of each start takes over from the one before it."""
+    return {0: 0} | {start: (before + size + start) // 2 for before, start in itertools.pairwise(starts)}
 
 
 def decode_begun(decode: Callable[[np.ndarray], np.ndarray], ids: np.ndarray, drawn: np.ndarray) -> np.ndarray:
@@ -203,14 +234,15 @@ def _tile_starts(n: int, size: int, overlap: int) -> list[int]:
     return [round(k * (n - size) / max(1, count - 1)) for k in range(count)]
 
 
-def _ramps(starts: list[int], n: int, size: int, factor: int) -> list[np.ndarray]:
-    """The weight of each tile along one axis, in pixels: together 1 everywhere, falling towards a tile's ends."""
+def _ramps(starts: list[int], n: int, size: int, factor: int) -> dict[int, np.ndarray]:
+    """The weight of the tile of each start along one axis, in pixels: together 1 everywhere, falling towards a tile's
+    ends."""
     pixels = np.arange(factor * size)
     hat = np.minimum(pixels + 1, factor * size - pixels).astype(np.float32)
     total = np.zeros(factor * n, np.float32)
     for start in starts:
         total[factor * start : factor * (start + size)] += hat
-    return [hat / total[factor * start : factor * (start + size)] for start in starts]
+    return {start: hat / total[factor * start : factor * (start + size)] for start in starts}
 
 
 def device_budget(share: float = 0.8) -> int:
