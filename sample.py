@@ -100,7 +100,12 @@ def sample(
         return images.centre_crop(request.finished(index, picture), height, width)
 
     # Sampling
-    with SampleFolder(path, settings, later=("decode",)) as folder:
+    def hold(share: float) -> None:
+        """Counts what an earlier job drew of this batch as there, not as done in no time."""
+        held = share * min(batch, len(missing) - start)
+        bar.initial, bar.n = bar.initial + held, bar.n + held
+
+    with SampleFolder(path, settings, later=() if request.encodes else ("decode",)) as folder:
         share = host_share(number, jax.process_index(), jax.process_count())
         missing = np.array([index for index in share if index not in folder.done], int)
         done = len(share) - len(missing)
@@ -114,6 +119,7 @@ def sample(
                 folder=folder,
                 every=every,
                 finish=finish,
+                begun=hold,
                 progress=lambda share: bar.update(done + start + share * min(batch, len(missing) - start) - bar.n),
                 announce=bar.write,
             )
@@ -188,7 +194,9 @@ def define_flags() -> None:
         lower_bound=0,
     )
     flags.DEFINE_enum("decode", "exact", ["exact", "tiles"], "Beyond the trained size; or in tiles of it, approximate.")
-    flags.DEFINE_float("memory", 0, "GiB a device that encoding and decoding larger pictures may use; 0: all.", 0)
+    flags.DEFINE_float(
+        "memory", 0, "GiB a device for converting larger pictures and for their block windows; 0: all.", 0
+    )
     flags.DEFINE_integer(
         "every", 0, "Beyond the trained size: a PNG after so many more rows of codes, to OUT/growing; 0: none.", 0
     )

@@ -19,6 +19,7 @@ large matrix product in the same run. Keep the machine idle meanwhile.
 
 import argparse
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable
@@ -121,7 +122,8 @@ def seconds(
     """Seconds of a batch of pictures, and how many parts were run of how many."""
     alone = "serial" in way and batch % jax.device_count()
     mesh = parallel.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:1] if alone else None)
-    sampler = LargeSampler(model, grid, **way, multiple=1 if "serial" in way else mesh.size, steps=steps)
+    parts = mesh.size // math.gcd(mesh.size, batch)
+    sampler = LargeSampler(model, grid, **way, multiple=parts, steps=steps)
     with jax.set_mesh(mesh):
         return _seconds(sampler, jax.device_put(params, NamedSharding(mesh, P())), batch, top_k, repeats)
 

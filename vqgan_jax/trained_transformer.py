@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from vqgan_jax import parallel
 from vqgan_jax.conditioning import EncodedImage
 from vqgan_jax.images import to_uint8
-from vqgan_jax.models.strips import apply_in_strips
+from vqgan_jax.models.strips import Peak, apply_in_strips
 from vqgan_jax.models.vqgan import model_input
-from vqgan_jax.sampling.large import LargeOptions, LargeSampler
-from vqgan_jax.sampling.large_decoder import decode_begun, decode_tiles, device_budget, encode_tiles, plan
+from vqgan_jax.sampling.large import LargeOptions, LargeSampler, windows_at_once
+from vqgan_jax.sampling.large_decoder import decode_begun, decode_tiles, device_budget, encode_tiles, plan, spread
 from vqgan_jax.sampling.sampler import make_sampler
 from vqgan_jax.sampling.strategies import Strategy, row_keys
 from vqgan_jax.tokenizer import Tokenizer
@@ -154,7 +154,11 @@ class TrainedTransformer:
         if not len(indices):
             return
         parts = math.prod(mesh.shape[name] for name in parallel.BATCH_AXES)
-        sampler = self._large_sampler(tuple(grid), large.stride, parts)
+        sampler = self._large_sampler(tuple(grid), large.stride, parts // math.gcd(parts, batch))
+        budget = parts * (large.memory or device_budget())
+        most = windows_at_once(self.model, batch * (2 if strategy.guided else 1), budget)
+        if large.stride and most < sampler.together:
+            large.announce(f"drawing {most} of {sampler.together} windows at once, as the memory allows")
         tokens, (params, frozen) = self._programs[0], self._placed(mesh)
         encode, decode = self._large_encoder(mesh, large), self._large_decoder((batch, *grid), mesh, large)
         for start in range(0, len(indices), batch):
@@ -165,9 +169,10 @@ class TrainedTransformer:
             begun = large.folder.begun(filled) if large.folder else None
             ids, position = begun or (None, 0)
             shown = sampler.rows(position)
+            large.begun(position / sampler.total)
             with jax.set_mesh(mesh):
                 condition, keys, given = tokens(frozen, rows, seed, whole=True)
-                for ids, position in sampler(params, condition, keys, strategy, given, begun=begun):
+                for ids, position in sampler(params, condition, keys, strategy, given, begun=begun, most=most):
                     jax.block_until_ready(ids)  # or the bar would be at its end at once
                     large.progress(position / sampler.total)
                     if large.folder:
@@ -230,13 +235,20 @@ class TrainedTransformer:
 
         if large.tiles:
             large.announce(f"{doing} in overlapping tiles (approximate)")
-            program, variables = jax.jit(convert), jax.device_put(self.frozen[name])
-            side = min(self.model.config.grid)
-            in_tiles = decode_tiles if method == "decode" else encode_tiles
-            return lambda x: in_tiles(program, variables, x, tokenizer.factor, tile=side, overlap=side // 2)
+            tile = self.model.config.grid
+            return functools.partial(
+                decode_tiles if method == "decode" else encode_tiles,
+                spread(convert, self.frozen[name], mesh),
+                factor=tokenizer.factor,
+                tile=tile,
+                overlap=tuple(n // 2 for n in tile),
+                together=mesh.size,
+            )
 
-        def in_strips(variables: Tree, x: np.ndarray, budget: int) -> tuple[np.ndarray, int]:
-            return apply_in_strips(tokenizer.model, variables, np.asarray(prepared(x)), method=method, budget=budget)
+        def in_strips(variables: Tree, x: np.ndarray | jax.ShapeDtypeStruct, budget: int) -> tuple[np.ndarray, Peak]:
+            planning = isinstance(x, jax.ShapeDtypeStruct)
+            x = jax.eval_shape(prepared, x) if planning else np.asarray(prepared(x))
+            return apply_in_strips(tokenizer.model, variables, x, method=method, budget=budget)
 
         variables, budget = self.frozen[name], large.memory or device_budget()
         scale = config.factor if method == "encode" else 1

@@ -37,6 +37,8 @@ def test_files_are_taken_in_turn_each_for_so_many_pictures(trained, masks):
     rows = request.rows(np.array([0, 1, 2, 5, 6, 7]))
     assert list(rows) == ["segmentation"] and rows["segmentation"].dtype == np.int32
     assert rows["segmentation"][:, 0, 0].tolist() == [0, 0, 1, 2, 0, 0]
+    larger = Request(asked(condition=[str(masks)]), trained("segmentation"), (9, 12))
+    assert larger.encodes and not request.encodes  # those of the trained size are encoded as in training
     assert request.record["each"] == 2 and request.record["condition"]["segmentation"]["files"] == 3
     assert request.arrays()["segmentation"].shape == (6, SIZE, SIZE)
 

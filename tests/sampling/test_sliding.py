@@ -25,11 +25,12 @@ from vqgan_jax.config import GPT2, UserError
 from vqgan_jax.models.vqgan import VQGAN
 from vqgan_jax.object_tokens import ObjectTokens
 from vqgan_jax.sampling.blocks import Blocks
-from vqgan_jax.sampling.large import LargeSampler
+from vqgan_jax.sampling.large import LargeSampler, windows_at_once
 from vqgan_jax.sampling.sampler import make_sampler
 from vqgan_jax.sampling.sliding import Wavefront
 from vqgan_jax.sampling.strategies import Strategy, row_keys
 from vqgan_jax.tokenizer import Tokenizer, by_input_key
+from vqgan_jax.train.roofline import program_cost
 from vqgan_jax.transformer import ArchitectureConfig, ImageTransformer, TransformerConfig
 
 OBJECTS = ObjectTokens(kind="boxes", max_objects=3, vocab=300, classes=5, crop=True, flags=(), trim=True)
@@ -96,7 +97,8 @@ def test_rows_at_once_give_the_tokens_of_one_after_the_other(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_so_do_eight_devices_for_every_condition(kind):
-    """On a grid that neither the window nor the devices divide; windows stand where the reference has them."""
+    """On a grid that neither the window nor the devices divide, windows where the reference has them; two pictures of
+    four windows each are one for every device."""
     model, params = MODELS[kind](layers=1)
     grid, condition, keys = (5, 9), whole_condition(model, (5, 9)), row_keys(3, jnp.arange(2))
     centre = "lower" if isinstance(model.condition, Objects) else "upper"
@@ -104,7 +106,7 @@ def test_so_do_eight_devices_for_every_condition(kind):
     np.testing.assert_array_equal(fast, serial)
     mesh = parallel.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     with jax.set_mesh(mesh):
-        sampler = LargeSampler(model, grid, multiple=mesh.size)
+        sampler = LargeSampler(model, grid, multiple=mesh.size // 2)
         sharded = sampler.whole(jax.device_put(params, jax.NamedSharding(mesh, jax.P())), condition, keys, Strategy())
     assert mesh.size == 8 and len(np.unique(serial)) > 10
     np.testing.assert_array_equal(sharded, serial)
@@ -223,12 +225,38 @@ def test_a_stopped_picture_goes_on_and_devices_do_not_matter(stride):
     assert (ids[:, ~drawn] == 0).all() and sampler.drawn(last).all() and not sampler.drawn(0).any()
     *_, (again, _) = sampler(params, condition, keys, strategy, begun=(jnp.asarray(ids), position))
     np.testing.assert_array_equal(again, whole)
+    if stride:  # a few windows at a time
+        *_, (few, _) = sampler(params, condition, keys, strategy, most=2)
+        np.testing.assert_array_equal(few, whole)
     mesh = parallel.make_mesh({"data": 4, "fsdp": 2, "tensor": 1})
     with jax.set_mesh(mesh):
         *_, (sharded, _) = LargeSampler(model, grid, stride=stride, multiple=4)(
             jax.device_put(params, jax.NamedSharding(mesh, jax.P())), condition, keys, strategy
         )
     np.testing.assert_array_equal(sharded, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stride", [0, 2])
+def test_windows_are_spread_over_the_devices(stride):
+    """By what each of eight is handed to compute, and of block windows by the memory that they were said to take."""
+    model, params = MODELS["depth"](layers=4)
+    grid, keys = (6, 34), row_keys(0, jnp.arange(2))
+    condition, ids = whole_condition(model, grid), jnp.zeros((2, *grid), jnp.int32)
+    sampler = LargeSampler(model, grid, stride=stride, multiple=4)
+    part = (jnp.zeros(8, jnp.int32), jnp.arange(8), (2, 2)) if stride else (0, 8, 16)
+    program, costs = sampler._fill if stride else sampler._advance, []
+    for devices in (8, 1):
+        mesh = parallel.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            everywhere = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+            compiled = program.lower(everywhere, condition, keys, Strategy(), None, ids, *part).compile()
+        costs.append(program_cost(compiled))
+    eighth, whole = costs
+    assert eighth.flops < 0.2 * whole.flops
+    if stride:
+        taken = whole.arguments + whole.temporaries
+        assert windows_at_once(model, 2, taken) in range(4, 9) and windows_at_once(model, 2, 1) == 1
 
 
 @pytest.mark.parametrize("how", [dict(), dict(serial=True), dict(stride=2)])

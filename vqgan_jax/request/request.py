@@ -46,6 +46,7 @@ class Request:
       completion: what of pictures is given, or None.
       count: different rows; picture i has row i // each % count.
       leading: first codes that are given in every picture, as of `leading_given`.
+      encodes: whether pictures beyond the trained size are encoded, of conditions or where parts are given.
       record: plain data that tells this request from others; empty where nothing but classes is asked for.
     """
 
@@ -71,6 +72,8 @@ class Request:
         sources = [source for _, source in self.parts]
         sources += [self.completion] if self.completion else []
         self.count = math.lcm(*map(len, sources))
+        encoded = any(isinstance(part, EncodedImage) for part, _ in self.parts)
+        self.encodes = self._beyond and (encoded or self.completion is not None)
         self.leading = leading_given(self._model, self.completion.given) if self.completion and not self._beyond else 0
 
         files = [len(source) for source in sources if "files" in source.record]

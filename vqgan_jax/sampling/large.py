@@ -23,13 +23,14 @@ class LargeOptions:
 
     Attributes:
       stride: of block windows in codes, see `blocks`; 0 for the exact window.
-      memory: bytes that encoding and decoding may use on each device; 0 for what there is.
+      memory: bytes of each device for encoding, decoding and the block windows that run at once; 0 for what there is.
       tiles: encode and decode in overlapping tiles of the trained size, approximate.
       folder: keeps what is drawn of a picture, so that a job that was stopped goes on in its midst; None: nowhere.
       every: the folder gets the picture as it is after so many more rows of codes; 0: not.
       finish: (index, uint8 picture) -> as it is written, for the pictures of `every`.
+      begun: called with the share of a batch that the folder held.
       progress: called with the share of a batch that is done.
-      announce: called with a line that says how conditions are encoded and pictures decoded.
+      announce: called with a line that says how conditions are encoded and pictures decoded, or that windows wait.
     """
 
     stride: int = 0
@@ -38,6 +39,7 @@ class LargeOptions:
     folder: SampleFolder | None = None
     every: int = 0
     finish: Callable[[int, np.ndarray], np.ndarray] = lambda index, picture: picture
+    begun: Callable[[float], None] = lambda share: None
     progress: Callable[[float], None] = lambda share: None
     announce: Callable[[str], None] = lambda line: None
 
@@ -80,12 +82,28 @@ def _cut(
     return jax.vmap(lambda t, u: model.condition.window(condition, grid, t, u, model.config.grid))(top, left)
 
 
+def windows_at_once(model: ImageTransformer, rows: int, budget: int) -> int:
+    """How many block windows a budget of bytes has room for, at least one: of each a cache, which a loop may copy, and
+    a layer's scores and hidden activations while it is begun.
+
+    Args:
+      model: the stage-2 model.
+      rows: of a window: the pictures that are drawn together, twice with guidance.
+      budget: bytes.
+    """
+    cache = jax.eval_shape(lambda: model.decoder({})[1](1))
+    length, gpt = cache.keys[0].shape[1], model.gpt
+    kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    return max(1, budget // (rows * (2 * kept + 4 * length * (gpt.heads * length + gpt.hidden))))
+
+
 class LargeSampler:
     """Draws pictures of one grid beyond the trained one: exactly with a window a token, or block by block.
 
     Attributes:
       total: positions from start to end.
       tokens: tokens of one picture.
+      together: windows of one picture that may run at once.
     """
 
     def __init__(
@@ -107,7 +125,7 @@ class LargeSampler:
           centre: of the exact window, see `sliding.window_start`; by default that of `centre_of`.
           serial: of the exact window: one token after the other, as the reference; the same tokens, slowly.
           stride: 0 for the exact window; else codes by which block windows advance, see `blocks`.
-          multiple: windows that run together are filled up to one of this.
+          multiple: windows of a picture that run together are filled up to one of this.
           steps: of the exact window in a part: enough to hide the call, few enough for a bar.
 
         Raises:
@@ -122,7 +140,9 @@ class LargeSampler:
         centre = centre or centre_of(model)
         self._blocks = Blocks(grid, model.config.grid, stride) if stride else None
         self._wavefront = None if stride else Wavefront(grid, model.config.grid, centre, serial, multiple)
-        self.total = self._wavefront.steps if self._wavefront else len(list(self._blocks.batches()))
+        batches = [len(windows) for windows, _ in self._blocks.batches()] if stride else []
+        self.total = len(batches) if stride else self._wavefront.steps
+        self.together = max(batches) if stride else self._wavefront.slots
 
     def drawn(self, position: int) -> np.ndarray:
         """Which tokens there are at a position: bool [H, W]."""
@@ -149,6 +169,7 @@ class LargeSampler:
         given: Given | None = None,
         *,
         begun: tuple[jax.Array, int] | None = None,
+        most: int = 0,
     ) -> Iterator[tuple[jax.Array, int]]:
         """Yields the ids int32 [b, H, W] after each part, valid until the next is asked for, and the position reached.
 
@@ -159,9 +180,10 @@ class LargeSampler:
           strategy: how to draw.
           given: (ids, mask), both [b, H, W].
           begun: what was yielded where an earlier run stopped.
+          most: block windows of a picture that are drawn at once; 0: all that do not see each other.
         """
         ids, position = begun or (jnp.zeros((keys.shape[0], *self.grid), jnp.int32), 0)
-        run = self._advance if self._wavefront else self._fill
+        run = self._advance if self._wavefront else functools.partial(self._fill_all, most)
         for last, part in self._parts():
             if last > position:
                 ids = run(params, condition, keys, strategy, given, ids, *part)
@@ -171,7 +193,7 @@ class LargeSampler:
         """Parts that cost the same: where each begins, by what its program is compiled for and how long it runs."""
         found, position = {}, 0
         for last, part in self._parts():
-            kind = (part[1] - part[0], part[2]) if self._wavefront else (len(part[0]), part[2])
+            kind = (part[1] - part[0], part[2]) if self._wavefront else part[1:]
             found.setdefault(kind, []).append(position)
             position = last
         return found
@@ -192,16 +214,34 @@ class LargeSampler:
 
         return jax.jit(run, static_argnums=8, donate_argnums=5)
 
-    def _windows(self) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray, tuple[int, int]]]]:
-        """Batches of block windows: how many there were by then, and what `_fill` takes. A batch is filled up with
-        windows that repeat, so that few shapes are compiled."""
-        batches = list(self._blocks.batches())
-        most = max(len(windows) for windows, _ in batches)
-        for number, (windows, block) in enumerate(batches, 1):
+    def _windows(self) -> Iterator[tuple[int, tuple[np.ndarray, int, tuple[int, int]]]]:
+        """Batches of block windows: how many there were by then, their tops and lefts [n, 2], how many they are filled
+        up to, so that few shapes are compiled, and where their blocks start."""
+        for number, (windows, block) in enumerate(self._blocks.batches(), 1):
             inner = block[0] and block[1]
-            count = -(-(most if inner else len(windows)) // self._multiple) * self._multiple
-            top, left = np.resize(np.asarray(windows, np.int32), (count, 2)).T
-            yield number, (top, left, block)
+            count = -(-(self.together if inner else len(windows)) // self._multiple) * self._multiple
+            yield number, (np.asarray(windows, np.int32), count, block)
+
+    def _fill_all(
+        self,
+        most: int,
+        params: Any,
+        condition: jax.Array,
+        keys: jax.Array,
+        strategy: Strategy,
+        given: Given | None,
+        ids: jax.Array,
+        windows: np.ndarray,
+        count: int,
+        block: tuple[int, int],
+    ) -> jax.Array:
+        """A batch of block windows, `most` at once; what fills it up repeats windows, which draw the same again."""
+        most = max(most // self._multiple, 1) * self._multiple if most else count
+        size = min(most, count)
+        for start in range(0, len(windows), size):
+            top, left = np.resize(windows[start : start + size], (size, 2)).T
+            ids = self._fill(params, condition, keys, strategy, given, ids, top, left, block)
+        return ids
 
     @functools.cached_property
     def _fill(self) -> Any:
