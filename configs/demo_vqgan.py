@@ -3,8 +3,8 @@
     python train_vqgan.py --config=configs/demo_vqgan.py --workdir=runs/x
     python train_vqgan.py --config=configs/demo_vqgan.py:input=segmentation --workdir=runs/segmentation
 
-Arguments: `runlocal` two steps; `reference` the original's oddities; `quantizer=vq` the codebook by gradient, or
-`low_dim`, `fsq`, `lfq`, `bsq`, `simvq`, `ibq`, `gumbel`;
+Arguments: `runlocal` two steps; `reference` the original's oddities; `quantizer=vq` the codebook by gradient, `ema`
+(the default), `low_dim`, `fsq`, `lfq`, `bsq`, `simvq`, `ibq`, `gumbel`;
 `input=segmentation`, `depth`, `edges`, `low_res` or `keypoints` the VQGAN of a condition, in about a minute.
 """
 
@@ -17,7 +17,8 @@ CHANNELS = {"image": 3, "segmentation": 10, "depth": 1, "edges": 1, "low_res": 3
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, runlocal=False, reference=False, quantizer="ema", input="image")
+    arg = parse_arg(arg, runlocal=False, reference=False, quantizer="", input="image")
+    common.check_reference(arg)
     channels = choose("input", arg.input, CHANNELS)
     config = common.vqgan()
     config.steps = "2000"
@@ -33,7 +34,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # A stem of stride 4 and a pixel-shuffle tail: nothing runs above 16x16, which is where a CPU's time would go.
     ae.resolution, ae.stem, ae.channels, ae.multipliers, ae.blocks = 64, 4, 64, (1, 1), 1
     ae.decoder_extra_blocks, ae.attention_resolutions, ae.z_channels = 0, (), 64
-    config.model.quantizer = quantizers.of_size(arg.quantizer, 256, 16)
+    config.model.quantizer = quantizers.of_size(arg.quantizer or "ema", 256, 16)
+    if arg.quantizer == "gumbel":
+        quantizers.anneal(config.model.quantizer)
     config.model.discriminator.enabled = False
     config.loss.reconstruction, config.loss.perceptual_weight = "l2", 0.0
     config.optimizer = common.adam(2e-3, b1=0.9, b2=0.99, clip_norm=1.0, schedule="cosine", warmup="50", hold="50%")

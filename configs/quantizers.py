@@ -44,9 +44,14 @@ def gumbel(codebook_size: int, dim: int) -> ConfigDict:
             straight_through=True,
             temperature_start=0.9,
             temperature_end=1e-6,
-            temperature_steps=1_000_001,
+            temperature_steps="1000001",
         )
     )
+
+
+def anneal(config: ConfigDict) -> None:
+    """A Gumbel-softmax whose temperature falls over the run, as far as DALL-E's (arXiv 2102.12092, appendix A.2)."""
+    config.temperature_start, config.temperature_end, config.temperature_steps = 1.0, 1 / 16, "100%"
 
 
 def low_dim_vq(codebook_size: int, dim: int = 8) -> ConfigDict:
@@ -62,7 +67,7 @@ def fsq(levels: Sequence[int]) -> ConfigDict:
 
 
 def lfq(bits: int) -> ConfigDict:
-    """Signs, with an entropy term that weighs more at first."""
+    """Signs, with an entropy term that weighs more at first (as published over 2000 steps of a long run)."""
     return ConfigDict(
         dict(
             name="lfq",
@@ -70,7 +75,7 @@ def lfq(bits: int) -> ConfigDict:
             commitment_weight=0.25,
             entropy_start=0.3,
             entropy_end=0.1,
-            entropy_steps=2000,
+            entropy_steps="2%",
             diversity_weight=1.0,
             temperature=0.01,
             group_bits=bits,

@@ -49,7 +49,7 @@ def vq(codes: int = 64, restart_below: float = 0.0) -> VQConfig:
 
 VQGAN_TINY = VQGANConfig(autoencoder(), vq(), PatchGANConfig(16, 2, "batch", False), "image")
 VQSEG_TINY = VQGANConfig(autoencoder((1, 1), channels=7), vq(32), None, "segmentation")
-GUMBEL_TINY = VQGANConfig(autoencoder((1, 1)), GumbelConfig(48, 16, 32, 1e-2, False, 0.7, 0.7, 1), None, "image")
+GUMBEL_TINY = VQGANConfig(autoencoder((1, 1)), GumbelConfig(48, 16, 32, 1e-2, False, 0.7, 0.7, "1"), None, "image")
 FIRST_STAGE_TINY = VQGANConfig(autoencoder((1, 1, 1), (8,)), vq(), None, "image")
 DEPTH_STAGE_TINY = VQGANConfig(autoencoder((1, 1, 1), (8,), 1), vq(), None, "depth")
 CLASS_GPT_TINY = gpt_config(64, 64, 64, 2, 4, 32, 0, 0.0, 0.0, 0.0)

@@ -228,6 +228,9 @@ def test_plain_and_upgrade():
     quantizer = {"name": "vq", "codebook_size": 8}
     newer = upgrade({"format_version": 2, "config": {"model": {"quantizer": quantizer}}})["config"]["model"]
     assert newer["quantizer"] == quantizer | {"normalize": False, "start": "uniform"}
+    quantizer = {"name": "bsq", "bits": 8, "entropy_steps": 2000}
+    newer = upgrade({"format_version": 3, "config": {"model": {"quantizer": quantizer}}})["config"]["model"]
+    assert newer["quantizer"] == quantizer | {"entropy_steps": "2000"}
     old = {"format_version": FORMAT_VERSION, "step": 6, "config": {"batch_size": 4, "model": {}, "train_only": ["x"]}}
     assert upgrade(old) == old | {"examples": 24}
     assert upgrade(old | {"examples": 20})["examples"] == 20

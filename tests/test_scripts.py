@@ -290,7 +290,9 @@ def test_gumbel_codes_train(tmp_path):
     """Its temperature falls, and both networks learn."""
     config = vqgan_config("3")
     gumbel = dict(name="gumbel", codebook_size=16, dim=8, input_dim=8, kl_weight=5e-4, straight_through=True)
-    config.model.quantizer = ConfigDict(gumbel | dict(temperature_start=1.0, temperature_end=0.1, temperature_steps=4))
+    config.model.quantizer = ConfigDict(
+        gumbel | dict(temperature_start=1.0, temperature_end=0.1, temperature_steps="4 steps")
+    )
     state = train_vqgan.train(config, str(tmp_path / "w"))
     lines = [line for line in logged(tmp_path / "w") if "loss" in line]
     temperatures = [line["quantizer/temperature"] for line in lines]

@@ -207,6 +207,9 @@ def upgrade_model(model: Mapping[str, Any]) -> dict[str, Any]:
     if "transformer" in newer:
         newer = {"condition_dropout": 0.0} | newer
         newer["transformer"] = GPT2 | newer["transformer"]
+    if "quantizer" in newer:  # its durations were numbers of steps
+        fields = newer["quantizer"].items()
+        newer["quantizer"] = {name: str(value) if name.endswith("_steps") else value for name, value in fields}
     if newer.get("quantizer", {}).get("name") == "vq":
         newer["quantizer"] = {"normalize": False, "start": "uniform"} | newer["quantizer"]
     if "discriminator" in newer:

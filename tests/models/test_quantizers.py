@@ -1,6 +1,7 @@
 """Every quantizer under the one contract, and what is particular to each: losses, entropies, who learns, usage."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import quantizers as defaults
 from vqgan_jax import parallel
-from vqgan_jax.config import UserError, to_dataclass
+from vqgan_jax.config import UserError, resolve_steps, to_dataclass
 from vqgan_jax.models import quantizers
 from vqgan_jax.models.quantizers.contract import unit
 
@@ -27,7 +28,7 @@ SMALL = {  # sixteen codes of four numbers, or nearly
     "vq_restart": config_of("vq", 16, 4, restart_below=0.5, usage_decay=0.4),
     "low_dim": config_of("low_dim_vq", 16, 4),
     "ema": config_of("ema", 16, 4, decay=0.9, restart_below=0.5),
-    "gumbel": config_of("gumbel", 16, 4, temperature_end=0.1, temperature_start=1.0, temperature_steps=10),
+    "gumbel": config_of("gumbel", 16, 4, temperature_end=0.1, temperature_start=1.0, temperature_steps="10"),
     "fsq": config_of("fsq", (4, 5, 3)),
     "lfq": config_of("lfq", 4, temperature=1.0),
     "bsq": config_of("bsq", 4, temperature=1.0, group_bits=2),
@@ -40,7 +41,12 @@ EXACT = ("vq", "low_dim", "ema", "lfq", "bsq", "simvq")  # each code is its own 
 def module_of(config):
     fields = dict(config)
     kind = quantizers.CONFIGS[fields.pop("name")]
-    return quantizers.make_quantizer(to_dataclass(kind, fields, key="quantizer"), None)
+    made = quantizers.with_steps(to_dataclass(kind, fields, key="quantizer"), in_a_run_of_100k_steps)
+    return quantizers.make_quantizer(made, None)
+
+
+def in_a_run_of_100k_steps(duration, name):
+    return resolve_steps(duration, key=name, batch_size=8, examples=80_000, total=100_000)
 
 
 def init(module, z):
@@ -307,7 +313,7 @@ def test_codes_on_the_sphere_are_used_more_than_plain_ones():
     "config",
     [
         config_of("vq", 32, 16, restart_below=0.1),
-        config_of("gumbel", 64, 16, kl_weight=1e-2, temperature_steps=60),
+        config_of("gumbel", 64, 16, kl_weight=1e-2, temperature_steps="60"),
         config_of("ema", 32, 16),
         config_of("fsq", (4, 3, 3)),
         config_of("lfq", 5),
@@ -358,6 +364,34 @@ def test_dead_codes_restart_from_the_batch():
     codebook = np.asarray(passed.params["codebook"])
     restarted = quantizers.apply_restart(passed.params, aux.restart)["codebook"]
     np.testing.assert_array_equal(restarted, np.where(unused[:, None], vectors, codebook))
+
+
+@pytest.mark.parametrize("duration, steps", [("300", "300"), ("25%", "25000"), ("1 epoch", "10000")])
+def test_annealing_takes_a_duration_in_any_unit(duration, steps):
+    assert module_of(config_of("bsq", 4, entropy_steps=duration)).config.entropy_steps == steps
+    assert module_of(config_of("gumbel", 16, 4, temperature_steps=duration)).config.temperature_steps == steps
+    with pytest.raises(UserError, match="temperature_steps: 'soon'"):
+        module_of(config_of("gumbel", 16, 4, temperature_steps="soon"))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_products_are_of_full_precision_on_every_platform(name):
+    """TPUs round the factors of others to bfloat16."""
+    module = module_of(SMALL[name])
+    z = jnp.zeros((1, 2, 2, module.input_dim))
+    keys = {"params": jax.random.key(0), "quantizer": jax.random.key(1)}
+    variables = jax.eval_shape(lambda: module.init(keys, z, train=False, step=0))
+
+    def loss(params, state, z):
+        z_q, _, aux = module.apply({"params": params, **state}, z, train=True, step=1, rngs=keys, mutable=True)[0]
+        return jnp.sum(z_q**2) + aux.loss
+
+    state = dict(variables)
+    params = state.pop("params", {})
+    text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 2)))(params, state, z))
+    products = re.findall(r"(?:dot_general|conv_general_dilated)\[.*?\n\s*\]", text, re.DOTALL)
+    assert all("HIGHEST" in product for product in products), products
+    assert products or name == "fsq"
 
 
 def test_gumbel_temperature_falls_by_half_a_cosine():

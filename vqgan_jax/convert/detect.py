@@ -143,7 +143,7 @@ def _quantizer(shapes: Shapes, settings: Settings) -> dict[str, Any]:
             "straight_through": True,
             "temperature_start": scheduler.number("lr_max", 0.9),
             "temperature_end": scheduler.number("lr_min", 1e-6),
-            "temperature_steps": int(scheduler.number("max_decay_steps", 1_000_001)),
+            "temperature_steps": str(int(scheduler.number("max_decay_steps", 1_000_001))),
         }
     else:
         size, dim = _size(shapes, "quantize.embedding.weight", 2, settings)

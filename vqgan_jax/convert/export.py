@@ -176,12 +176,14 @@ def _vqgan_section(network: Network, stage: bool = False) -> dict[str, Any]:
         params["lossconfig"] = {"target": "taming.modules.losses.segmentation.BCELossWithQuant"}
     if isinstance(q, GumbelConfig):
         target, params["kl_weight"] = "GumbelVQ", q.kl_weight
+        counted = q.temperature_steps.isdecimal()  # else in shares of a run that is over: what it came to
+        start = q.temperature_start if counted else q.temperature_end
         schedule = {
             "warm_up_steps": 0,
-            "lr_start": q.temperature_start,
-            "lr_max": q.temperature_start,
+            "lr_start": start,
+            "lr_max": start,
             "lr_min": q.temperature_end,
-            "max_decay_steps": q.temperature_steps,
+            "max_decay_steps": int(q.temperature_steps) if counted else 1,
         }
         scheduler = "taming.lr_scheduler.LambdaWarmUpCosineScheduler"
         params["temperature_scheduler_config"] = {"target": scheduler, "params": schedule}

@@ -22,10 +22,16 @@ def torch_uniform(fan_in: int) -> Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Padding = ((1, 1), (1, 1))) -> jax.Array:
+def conv2d(
+    x: jax.Array,
+    kernel: jax.Array,
+    stride: int = 1,
+    padding: Padding = ((1, 1), (1, 1)),
+    precision: jax.lax.Precision | None = None,
+) -> jax.Array:
     """Convolves x [b, h, w, c] with kernel [size, size, c, features]."""
     return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
     )
 
 
@@ -39,13 +45,15 @@ class Conv(nn.Module):
     bias: bool = True
     kernel_init: Initializer | None = None
     dtype: Dtype = jnp.float32
+    precision: jax.lax.Precision | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         default = torch_uniform(self.size**2 * x.shape[-1])
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.weight(self.param("kernel", self.kernel_init or default, shape))
-        y = conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, (self.padding, self.padding))
+        padding = self.padding, self.padding
+        y = conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, padding, self.precision)
         if self.bias:
             y = y + self.param("bias", default, (self.features,)).astype(self.dtype)
         return constrain(y, "batch", None, None, None)  # else sharded kernels would shard the channels

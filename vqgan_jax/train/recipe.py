@@ -1,5 +1,6 @@
 """From a config to the functions that a run is made of: what the scripts train with, and `tools.aot` compiles."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from ml_collections import ConfigDict
 from vqgan_jax.config import UserError, parse_arg, to_dataclass
 from vqgan_jax.models.dino import DINO, DINOS
 from vqgan_jax.models.lpips import LPIPS
+from vqgan_jax.models.quantizers import with_steps
 from vqgan_jax.models.resnet import RESNETS, ResNet
 from vqgan_jax.models.vqgan import VQGAN
 from vqgan_jax.train import transformer_step, vqgan_step
@@ -34,6 +36,8 @@ def vqgan_recipe(config: ConfigDict, model: VQGAN, durations: Durations) -> Reci
     loss = durations.replace(config.loss, "config.loss", DURATIONS)
     loss["perturbation"] = durations.replace(config.loss.perturbation, "config.loss.perturbation", ANNEALING)
     objective = to_dataclass(VQGANObjective, loss, key="config.loss")
+    resolved = with_steps(model.config.quantizer, lambda x, name: durations.steps(x, f"config.model.quantizer.{name}"))
+    model = model.clone(config=dataclasses.replace(model.config, quantizer=resolved))
     learning_rate, optimizer = _optimizer(config, durations)
     changed = ConfigDict(dict(optimizer=discriminator_optimizer(config), batch_size=config.batch_size))
     tx = {"generator": optimizer, "discriminator": _optimizer(changed, durations)[1]}

@@ -4,6 +4,8 @@ What a quantizer remembers lives in the collection "codebook", its randomness in
 softmaxes and statistics are float32. One file a kind, with its paper.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from vqgan_jax.models.quantizers.contract import (
@@ -71,7 +73,14 @@ __all__ = [
     "make_quantizer",
     "nearest",
     "perplexity",
+    "with_steps",
 ]
+
+
+def with_steps(config: QuantizerConfig, steps: Callable[[str, str], int]) -> QuantizerConfig:
+    """The hyper-parameters with durations as numbers of steps, which training needs; `steps` takes one and its name."""
+    names = [field.name for field in dataclasses.fields(config) if field.name.endswith("_steps")]
+    return dataclasses.replace(config, **{name: str(steps(getattr(config, name), name)) for name in names})
 
 
 def make_quantizer(config: QuantizerConfig, name: str) -> Quantizer:

@@ -60,6 +60,11 @@ def check_sizes(codebook_size: int, dim: int) -> None:
         raise ValueError(f"dim {dim}: a code has one number or more")
 
 
+def annealed(step: jax.Array | int, steps: str) -> jax.Array:
+    """How much of an annealing over so many steps (a number as text, as `with_steps` makes it) is done: in [0, 1]."""
+    return jnp.clip(jnp.asarray(step, jnp.float32) / max(int(steps), 1), 0, 1)
+
+
 def dots(z: jax.Array, codebook: jax.Array) -> jax.Array:
     """Products of z [..., e] with every code [q, e]: float32 [..., q], in full precision on every platform."""
     z, codebook = z.astype(jnp.float32), codebook.astype(jnp.float32)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vqgan_jax.models.layers import Conv
-from vqgan_jax.models.quantizers.contract import Aux, Sizes, check_sizes, count_codes
+from vqgan_jax.models.quantizers.contract import Aux, Sizes, annealed, check_sizes, count_codes, dots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class GumbelConfig:
     straight_through: bool
     temperature_start: float
     temperature_end: float
-    temperature_steps: int  # half a cosine from start to end
+    temperature_steps: str  # a duration: half a cosine from start to end
 
     def __post_init__(self) -> None:
         check_sizes(self.codebook_size, self.dim)
@@ -34,7 +34,7 @@ class GumbelQuantizer(Sizes, nn.Module):
 
     def setup(self) -> None:
         q, e = self.config.codebook_size, self.config.dim
-        self.logits_layer = Conv(q, 1, padding=(0, 0), name="logits")
+        self.logits_layer = Conv(q, 1, padding=(0, 0), name="logits", precision=jax.lax.Precision.HIGHEST)
         self.codebook = self.param("codebook", nn.initializers.normal(1.0), (q, e))
 
     def codes(self, ids: jax.Array) -> jax.Array:
@@ -47,7 +47,7 @@ class GumbelQuantizer(Sizes, nn.Module):
     def temperature(self, step: jax.Array | int) -> jax.Array:
         """Half a cosine from the start temperature to the end one, constant afterwards."""
         c = self.config
-        share = jnp.clip(jnp.asarray(step, jnp.float32) / max(c.temperature_steps, 1), 0, 1)
+        share = annealed(step, c.temperature_steps)
         return c.temperature_end + 0.5 * (c.temperature_start - c.temperature_end) * (1 + jnp.cos(jnp.pi * share))
 
     def soft_codes(self, logits: jax.Array, noise: jax.Array, temperature: jax.Array | float) -> jax.Array:
@@ -66,7 +66,7 @@ class GumbelQuantizer(Sizes, nn.Module):
             ids = jnp.argmax(soft, axis=-1).astype(jnp.int32)
             if c.straight_through:
                 soft = soft + jax.lax.stop_gradient(jax.nn.one_hot(ids, c.codebook_size) - soft)
-            z_q = jnp.einsum("...q,qe->...e", soft, self.codebook)
+            z_q = dots(soft, self.codebook.T)
         else:
             ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
             z_q = self.codes(ids)

@@ -54,7 +54,7 @@ class IndexBackpropagationQuantizer(Sizes, nn.Module):
         ids = jnp.argmax(scores, axis=-1).astype(jnp.int32)
         hard = self.codes(ids)
         # The value of the one-hot times the codebook, and its two gradients: to the code, and through the softmax.
-        mixed = jnp.einsum("...q,qe->...e", jax.nn.softmax(scores), jax.lax.stop_gradient(self.codebook))
+        mixed = dots(jax.nn.softmax(scores), jax.lax.stop_gradient(self.codebook).T)
         z_q = hard + mixed - jax.lax.stop_gradient(mixed)
         commitment, codebook = pull_together(z, hard)
         loss = c.commitment_weight * commitment + c.codebook_weight * codebook

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqgan_jax.models.quantizers.contract import Aux, Sizes, count_codes, entropy, straight_through, unit
+from vqgan_jax.models.quantizers.contract import Aux, Sizes, annealed, count_codes, entropy, straight_through, unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class LFQConfig:
     commitment_weight: float
     entropy_start: float  # weight of the entropy term at step 0
     entropy_end: float  # and from `entropy_steps` on, in a straight line between
-    entropy_steps: int
+    entropy_steps: str  # a duration
     diversity_weight: float  # of the mean assignment's entropy, in units of the single ones'
     temperature: float  # of the soft assignment exp(-distance^2 / temperature)
     group_bits: int  # the mean assignment's entropy is that of groups of so many bits, summed; bits: exact
@@ -88,8 +88,7 @@ class LookupFreeQuantizer(Sizes, nn.Module):
     def entropy_weight(self, step: jax.Array | int) -> jax.Array:
         """The entropy term's weight at a step."""
         c = self.config
-        share = jnp.clip(jnp.asarray(step, jnp.float32) / max(c.entropy_steps, 1), 0, 1)
-        return c.entropy_start + (c.entropy_end - c.entropy_start) * share
+        return c.entropy_start + (c.entropy_end - c.entropy_start) * annealed(step, c.entropy_steps)
 
     def entropies(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of placed z [..., bits] in nats: the mean entropy of its soft assignments, and that of their mean."""
@@ -107,7 +106,7 @@ class LookupFreeQuantizer(Sizes, nn.Module):
         z_q = self.codes(ids)
         commitment = jnp.mean((z_q - z) ** 2)
         single, mean = self.entropies(z)
-        weight = self.entropy_weight(step)
+        weight = self.entropy_weight(step) if train else c.entropy_end
         loss = c.commitment_weight * commitment + weight * (single - c.diversity_weight * mean)
         metrics = {"commitment": commitment, "entropy": single, "mean_entropy": mean, "entropy_weight": weight}
         return straight_through(z, z_q), ids, Aux(loss, metrics, count_codes(ids, c.codebook_size))
