@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import quantizers
-from vqgan_jax.config import GPT2
+from vqgan_jax.config import GPT2, UserError
 from vqgan_jax.data.tables import IMAGENET_GROUPS
 
 
@@ -262,6 +262,13 @@ def condition_parts(condition: ConfigDict) -> list[ConfigDict]:
     """The parts of a joint condition; of another, itself."""
     joint = condition.name == "joint"
     return [part for name, part in condition.items() if name != "name"] if joint else [condition]
+
+
+def check_reference(arg: ConfigDict) -> None:
+    """Raises UserError where a config's argument asks for `reference` and for a piece that the original has not."""
+    for name, own in {"quantizer": ("", "vq", "gumbel"), "discriminator": ("", "patchgan")}.items():
+        if arg.reference and arg.get(name, "") not in own:
+            raise UserError(f"{name}={arg[name]},reference: the reference has its own {name}; leave one of both out")
 
 
 def reference(config: ConfigDict) -> ConfigDict:

@@ -141,9 +141,8 @@ def data(row: Row) -> ConfigDict:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(
-        arg, name="imagenet_f16_1024", quantizer="", discriminator="patchgan", runlocal=False, reference=False
-    )
+    arg = parse_arg(arg, name="imagenet_f16_1024", quantizer="", discriminator="", runlocal=False, reference=False)
+    common.check_reference(arg)
     row = choose("--config=configs/paper_vqgan.py", arg.name, ROWS)
     config = common.vqgan()
     config.steps = "1e7 examples"
@@ -159,8 +158,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     ae.z_channels = row.dim
     model.quantizer = quantizers.of_size(arg.quantizer or row.quantizer, row.codes, row.dim)
     kinds = {"patchgan": common.patchgan, "blurpool": common.blurpool, "dino": common.dino_heads}
-    model.discriminator = choose("discriminator", arg.discriminator, kinds)()
-    if arg.discriminator == "patchgan":
+    model.discriminator = choose("discriminator", arg.discriminator or "patchgan", kinds)()
+    if model.discriminator.name == "patchgan":
         model.discriminator.layers = row.discriminator_layers
 
     loss = config.loss

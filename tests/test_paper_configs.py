@@ -112,6 +112,16 @@ def test_a_row_takes_other_pieces(quantizer, discriminator):
     assert made.quantizer.codebook_size == (1000 if quantizer == "fsq" else 1024)
 
 
+@pytest.mark.parametrize(
+    ("config", "piece"),
+    [("paper_vqgan", "quantizer=fsq"), ("paper_vqgan", "discriminator=blurpool"), ("demo_vqgan", "quantizer=ema")],
+)
+def test_the_reference_takes_no_other_piece(config, piece):
+    row = "imagenet_f16_1024," if config == "paper_vqgan" else ""
+    with pytest.raises(UserError, match=f"{piece},reference: the reference has its own"):
+        load(CONFIGS / f"{config}.py", f"{row}{piece},reference")
+
+
 @pytest.mark.parametrize("name", paper_transformer.ROWS)
 def test_a_transformer_has_the_parameters_of_the_reference(name):
     row = paper_transformer.ROWS[name]
