@@ -8,11 +8,16 @@ import numpy as np
 import optax
 import pytest
 
+from configs import common, quantizers
 from tests import reference as ref
+from vqgan_jax.config import UserError
 from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.perturbation import Perturbation
-from vqgan_jax.models.vqgan import VQGAN
+from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
+from vqgan_jax.train import vqgan_step
 from vqgan_jax.train.optimizers import OptimizerConfig, make_optimizer
+from vqgan_jax.train.recipe import vqgan_recipe
+from vqgan_jax.train.setup import Durations
 from vqgan_jax.train.state import TrainState
 from vqgan_jax.train.vqgan_step import VQGANObjective, make_step
 
@@ -172,3 +177,16 @@ def test_ema_follows_the_parameters():
             moved += 1  # the first step's decay is (1 + 0) / (10 + 0)
             np.testing.assert_allclose(averaged - old, 0.9 * (new - old), atol=1e-2 * way)
     assert moved > 3
+
+
+def test_the_recipe_counts_a_quantizers_annealing_in_steps(monkeypatch):
+    config = common.vqgan()
+    config.steps, config.model.quantizer = "400", quantizers.lfq(4)
+    config.model.quantizer.entropy_steps = "25%"
+    built = []
+    monkeypatch.setattr(vqgan_step, "make_step", lambda model, *args, **kwargs: built.append(model))
+    vqgan_recipe(config, VQGAN(VQGANConfig.from_config(config.model)), Durations(config, 100))
+    assert built[0].config.quantizer.entropy_steps == "100"
+    config.model.quantizer.entropy_steps = "soon"
+    with pytest.raises(UserError, match="config.model.quantizer.entropy_steps: 'soon' is no duration"):
+        vqgan_recipe(config, VQGAN(VQGANConfig.from_config(config.model)), Durations(config, 100))
