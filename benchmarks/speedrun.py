@@ -14,17 +14,15 @@ steps of both stages, --steps=A,B sets them. All recipes have the same data, see
 rFID-proxy and gFID-proxy are Frechet distances in the features of a small classifier of the same data set, trained once
 (its accuracy on held-out pictures is printed): of reconstructions to their held-out originals, and of samples, classes
 in turn, to all held-out pictures. They compare with each other at equal data, form and numbers of pictures, and with
-nothing else. What is done is kept in --out by the digest of all that defines it, and not done again; killed, the same
-command goes on. FLOPs are those of matrix products and convolutions (vqgan_jax/train/roofline.py).
+nothing else. What is done is kept in --out by the digest of its config and data and not done again, which is said where
+it was done by another revision of the source; killed, the same command goes on. FLOPs are those of matrix products and
+convolutions (vqgan_jax/train/roofline.py).
 """
 
 import argparse
-import datetime
 import functools
 import gc
 import json
-import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,8 +34,18 @@ from ml_collections import ConfigDict
 
 import train_transformer
 import train_vqgan
-from benchmarks.machine import machine
 from benchmarks.speedrun_recipes import FORMS, PIECES, SCENES_SHARE, Piece, find
+from benchmarks.speedrun_record import (
+    SECONDS,
+    digest,
+    minutes,
+    read_json,
+    say_if_older,
+    shown_command,
+    speed,
+    stamp,
+    without_places,
+)
 from benchmarks.speedrun_table import COLUMNS, RESULTS, STAGE_COLUMNS, line_of, record, table
 from configs import speedrun_transformer, speedrun_vqgan
 from vqgan_jax import cli, images, parallel, storage
@@ -51,14 +59,12 @@ from vqgan_jax.scoring.generation import Generation
 from vqgan_jax.scoring.workdir import ScoredTransformer, ScoredVQGAN
 from vqgan_jax.tools import encode, programs
 from vqgan_jax.train import code_cache, roofline, setup
-from vqgan_jax.train.metric_writer import JSON_LINES
 
 SEED, BATCH = 0, 64
 CLASSIFIER = (24, 48, 96)  # widths; fewer features than pictures, or a covariance has no full rank
 CLASSIFIER_IMAGES = 20_000
 PRESET = "pytorch-fid"  # takes [-1, 1], as the classifier does
 SHOWN = 32  # samples on a sheet
-SECONDS = "seconds.json"  # in a stage's folder: what it took so far
 
 
 class Speedrun:
@@ -122,10 +128,8 @@ class Speedrun:
 
     def _identity(self) -> dict[str, Any]:
         """The data as it defines a stage: where it lies, and whether in an archive, does not."""
-        places = ("source", "path", "threads", "processes")
-        data = {name: x for name, x in plain(self._config.data).items() if name not in places}
         counts = [len(self.data.train), len(self.data.val)]
-        return data | {"name": self.name, "counts": counts}
+        return without_places(plain(self._config.data)) | {"name": self.name, "counts": counts}
 
     @functools.cached_property
     def bench(self) -> Bench:
@@ -160,16 +164,18 @@ class Speedrun:
         """Of stage 2, on the codes of the tokenizer in this folder."""
         config = self._config_of(1, PIECES["transformer"][name], steps)
         config.model.condition.classes = self.classes
-        config.vqgan, config.codes = str(tokenizer), str(tokenizer / "codes")
+        codes = tokenizer / f"codes-{digest(without_places(plain(config.data)))}"
+        config.vqgan, config.codes = str(tokenizer), str(codes)
         return config
 
     # Stages
 
     def folder_of(self, kind: str, config: ConfigDict, *more: str) -> Path:
         """Where a stage is kept, by the digest of its config, its data and what it builds on."""
-        places = ("vqgan", "codes", "data", "lpips")
-        defined = {name: x for name, x in plain(config).items() if name not in places}
-        return self.out / f"{kind}-{digest({'config': defined, 'data': self._identity(), 'on': more})}"
+        defined = {name: x for name, x in plain(config).items() if name not in ("vqgan", "codes", "lpips")}
+        defined["data"] = without_places(defined["data"])
+        judges = [storage.sha256(storage.path(file)) for file in filter(None, plain(config).get("lpips", {}).values())]
+        return self.out / f"{kind}-{digest({'config': defined, 'data': self._identity(), 'on': more + tuple(judges)})}"
 
     def train_tokenizer(self, config: ConfigDict) -> Path:
         """Trains stage 1 where it is not trained yet; returns its folder."""
@@ -181,7 +187,7 @@ class Speedrun:
         """Encodes the data where they are not encoded, and trains stage 2 where it is not trained yet."""
         tokenizer = Path(config.vqgan)
         folder = self.folder_of("transformer", config, tokenizer.name)
-        self._once(tokenizer, "encoded", lambda: encode.encode(config, config.codes))
+        self._once(tokenizer, Path(config.codes).name, lambda: encode.encode(config, config.codes))
         self._once(folder, "trained", lambda: train_transformer.train(config, str(folder)))
         return folder
 
@@ -190,6 +196,7 @@ class Speedrun:
         folder.mkdir(parents=True, exist_ok=True)
         done = read_json(folder / SECONDS)
         if done.get(what, {}).get("done"):
+            say_if_older(folder, done[what])
             return
         start, finished = time.monotonic(), False
         try:
@@ -197,7 +204,7 @@ class Speedrun:
             finished = True
         finally:
             seconds = done.get(what, {}).get("seconds", 0.0) + time.monotonic() - start
-            storage.write_json(folder / SECONDS, done | {what: {"seconds": seconds, "done": finished}})
+            storage.write_json(folder / SECONDS, done | {what: {"seconds": seconds, "done": finished} | stamp()})
             jax.clear_caches()  # a table has many programs, of which none is needed again
             gc.collect()
 
@@ -206,10 +213,12 @@ class Speedrun:
         defined = [self.bench.extract.net.sha256, self.size.examples, self.size.samples, key]
         file = folder / f"scores-{digest(defined)}.json"
         if not file.exists():
-            storage.write_json(file, score())
+            storage.write_json(file, score() | stamp())
             jax.clear_caches()
             gc.collect()
-        return read_json(file)
+        found = read_json(file)
+        say_if_older(folder, found)
+        return found
 
     def tokenizer_figures(self, config: ConfigDict) -> dict[str, Any]:
         """Trains and scores stage 1."""
@@ -243,8 +252,8 @@ class Speedrun:
             figures |= {"flops": self._flops(config, first), "parameters": count, **speed(folder)}
             return figures | self._samples(scored, sampler, folder / f"samples-{digest(sampler)}.png")
 
-        spent = {"minutes": minutes(tokenizer, "encoded") + minutes(folder, "trained"), "steps": int(config.steps)}
-        return self._scored(folder, digest(sampler), score) | spent
+        spent = minutes(tokenizer, Path(config.codes).name) + minutes(folder, "trained")
+        return self._scored(folder, digest(sampler), score) | {"minutes": spent, "steps": int(config.steps)}
 
     def _samples(self, scored: ScoredTransformer, sampler: dict[str, Any], sheet: Path) -> dict[str, Any]:
         """gFID-proxy and class agreement of samples, classes in turn; some of them go to `sheet`."""
@@ -307,35 +316,6 @@ class Speedrun:
         return {"name": name} | figures | found | both | total
 
 
-def digest(data: Any) -> str:
-    """A short name of plain data."""
-    return storage.digest(data)[:12]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """{} where there is no file."""
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def minutes(folder: Path, what: str) -> float:
-    """That a part took, in all starts together."""
-    return read_json(folder / SECONDS).get(what, {}).get("seconds", 0.0) / 60
-
-
-def speed(folder: Path) -> dict[str, float]:
-    """The median over a run's log of milliseconds a step."""
-    rows = [json.loads(line) for line in (folder / JSON_LINES).read_text().splitlines()]
-    seconds = [row["step_seconds"] for row in rows if "step_seconds" in row]
-    return {"ms": 1e3 * statistics.median(seconds) if seconds else float("nan")}
-
-
-def shown_command(argv: Sequence[str]) -> str:
-    """The command that gave a line, without the places of this machine."""
-    words = [word for word in argv if not word.startswith(("--out", "--record"))]
-    words = [f"--data={Path(word.partition('=')[2]).name}" if word.startswith("--data=") else word for word in words]
-    return shlex.join(["python", "-m", "benchmarks.speedrun", *words])
-
-
 def names_of(text: str, known: dict[str, Piece], flag: str) -> list[str]:
     """The pieces that a flag names, "all" for all."""
     names = list(known) if text == "all" else [name for name in text.split(",") if name]
@@ -344,7 +324,7 @@ def names_of(text: str, known: dict[str, Piece], flag: str) -> list[str]:
     return names
 
 
-def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
+def run(args: argparse.Namespace, command: str) -> None:
     """All that is asked for."""
     if bool(args.lpips) and args.lpips.count(",") != 1:
         raise UserError("--lpips: names two files, VGG,HEADS")
@@ -362,16 +342,14 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     speedrun = Speedrun(
         args.data, Path(out), form=args.form, budget=args.budget, steps=steps, lpips=args.lpips, seed=args.seed
     )
-    command = shown_command(argv)
-    today = datetime.date.today().isoformat()
     for kind, names in pieces.items():
         if names:
             rows = speedrun.pieces(kind, names, args.tokenizer, args.equal_flops)
-            print(f"\n{today}, {machine()}; `{command}`\n\n{table(STAGE_COLUMNS[kind], rows)}\n", flush=True)
+            by = stamp() | rows[-1]
+            print(f"\n{by['date']}, {by['machine']}; `{command}`\n\n{table(STAGE_COLUMNS[kind], rows)}\n", flush=True)
     lines = []
     for name in recipes:
-        found = speedrun.recipe(name) | {"date": today, "machine": machine(), "command": command}
-        found["data"] = speedrun.name
+        found = stamp() | speedrun.recipe(name) | {"data": speedrun.name, "command": command}
         lines.append(line_of(found))
         print(table(COLUMNS, [found]), flush=True)
     if args.record and lines:
@@ -400,7 +378,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--record", action="store_true", help=f"add the lines of --recipes to {RESULTS.name}")
     args = parser.parse_args(argv)
     cli.spread_cpu()
-    return cli.exit_code(lambda: run(args, sys.argv[1:] if argv is None else argv))
+    command = shown_command(args, parser.parse_args(["--data="]))
+    return cli.exit_code(lambda: run(args, command))
 
 
 if __name__ == "__main__":

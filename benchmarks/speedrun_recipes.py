@@ -1,6 +1,7 @@
 """What the speedrun compares, as data: overrides of its two configs by name. The first of each table is the original's
-recipe, the others change pieces of it, and the last has what helped at 300 and 400 steps, of stage 2 the Llama block
-alone (benchmarks/RESULTS.md); `modern_vqgan` and `modern_transformer` are the recipes for ImageNet at this size."""
+recipe, the others change pieces of it, and the last joins those of later recipes that a short run can use, of stage 2
+the Llama block alone (benchmarks/RESULTS.md says what each does); `modern_vqgan` and `modern_transformer` are the
+recipes for ImageNet at this size."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -79,6 +80,9 @@ CLIP = {"optimizer.clip_norm": 1.0}
 LATENT_NOISE = {"loss.perturbation.share": 1.0}
 DIFFAUG = {"loss.augment": "color,translation,cutout"}
 FIXED_WEIGHT = {"loss.adaptive": False, "loss.adversarial_weight": 0.1, "loss.adversarial_ramp": "10%"}
+SPECTRAL_NORM = {"model.discriminator.spectral_norm": True}
+AHEAD = {"loss.discriminator_start": "25%"}  # of a generator that it counts for from 50 %
+BLOCKS4 = {"model.autoencoder.blocks": 4}
 ONE_PASS = {"loss.schedule": "simultaneous", "loss.idle_discriminator_updates": False}
 
 EMA = {"model.quantizer": quantizers.ema(1024, 16)}
@@ -89,6 +93,7 @@ TOKENIZERS = {
     "vq8": Piece(VQ8),
     "restart": Piece({"model.quantizer.restart_below": 0.1}),
     "ema": Piece(EMA),
+    "gumbel": Piece({"model.quantizer": quantizers.annealed_gumbel(1024, 64)}),
     "fsq": Piece({"model.quantizer": quantizers.fsq((8, 5, 5, 5))}),
     "lfq": Piece({"model.quantizer": quantizers.lfq(10)}),
     "bsq": Piece({"model.quantizer": quantizers.bsq(10)}),
@@ -96,12 +101,16 @@ TOKENIZERS = {
     "ibq": Piece({"model.quantizer": quantizers.ibq(1024, 64)}),
     "no_attention": Piece(NO_ATTENTION),
     "no_attention+symmetric": Piece(NO_ATTENTION | SYMMETRIC),
+    "blocks4": Piece(BLOCKS4),
+    "spectral_norm": Piece(SPECTRAL_NORM),
     "blurpool": Piece(BLURPOOL),
     "blurpool+lecam": Piece(BLURPOOL | LECAM),
     "betas": Piece(BETAS),
     "ema_weights": Piece(EMA_WEIGHTS),
     "cosine": Piece(COSINE),
+    "clip": Piece(CLIP),
     "diffaug": Piece(DIFFAUG),
+    "ahead": Piece(AHEAD),
     "fixed_weight": Piece(FIXED_WEIGHT),
     "one_pass": Piece(ONE_PASS),
     "latent_noise": Piece(LATENT_NOISE),

@@ -49,9 +49,11 @@ def gumbel(codebook_size: int, dim: int) -> ConfigDict:
     )
 
 
-def anneal(config: ConfigDict) -> None:
-    """A Gumbel-softmax whose temperature falls over the run, as far as DALL-E's (arXiv 2102.12092, appendix A.2)."""
+def annealed_gumbel(codebook_size: int, dim: int) -> ConfigDict:
+    """The same with a temperature that falls over the run, as far as DALL-E's (arXiv 2102.12092, appendix A.2)."""
+    config = gumbel(codebook_size, dim)
     config.temperature_start, config.temperature_end, config.temperature_steps = 1.0, 1 / 16, "100%"
+    return config
 
 
 def low_dim_vq(codebook_size: int, dim: int = 8) -> ConfigDict:
@@ -67,7 +69,7 @@ def fsq(levels: Sequence[int]) -> ConfigDict:
 
 
 def lfq(bits: int) -> ConfigDict:
-    """Signs, with an entropy term that weighs more at first (as published over 2000 steps of a long run)."""
+    """Signs, with an entropy term that weighs more at first (how much, and how long, is ours)."""
     return ConfigDict(
         dict(
             name="lfq",

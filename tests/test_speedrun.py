@@ -1,14 +1,12 @@
 """The speedrun: every piece changes its config into a model, tables and records, and one very small run of it all."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
 
 import train_transformer
 import train_vqgan
-from benchmarks import speedrun, speedrun_recipes, speedrun_table
+from benchmarks import speedrun, speedrun_recipes, speedrun_record, speedrun_table
 from benchmarks.speedrun_recipes import PIECES, change, find
 from configs import speedrun_transformer, speedrun_vqgan
 from vqgan_jax.config import UserError, differences, plain
@@ -73,9 +71,14 @@ def test_the_results_have_the_table_that_lines_are_added_to(tmp_path):
     assert speedrun_table.table(speedrun_table.COLUMNS, []) in text
 
 
-def test_a_recorded_command_names_no_place_of_this_machine():
-    words = ["--data=/my/disk/tiny.zip", "--out=/my/runs", "--record", "--steps=1,2"]
-    assert speedrun.shown_command(words) == "python -m benchmarks.speedrun --data=tiny.zip --steps=1,2"
+def test_a_recorded_command_names_no_place_of_this_machine(monkeypatch):
+    ran = []
+    monkeypatch.setattr(speedrun, "run", lambda args, command: ran.append(command))
+    for words in (["--data=/my/disk/tiny.zip", "--out=/my/runs"], ["--data", "/my/disk/tiny.zip", "--out", "/my/runs"]):
+        words += ["--record", "--steps=1,2", "--equal_flops", "--lpips=/my/vgg.pth,/my/lin.pth", "--form=cpu"]
+        assert speedrun.main(words) == 0
+    expected = "python -m benchmarks.speedrun --data=tiny.zip --steps=1,2 --equal_flops --lpips=vgg.pth,lin.pth"
+    assert ran == [expected] * 2
 
 
 class Counted(speedrun.Speedrun):
@@ -177,5 +180,5 @@ def test_a_small_run_gives_all_figures_and_runs_nothing_twice(small, monkeypatch
     assert again.split(" | ")[3:16] == line.split(" | ")[3:16]
     with pytest.raises(AssertionError, match="transformer-"):  # another transformer on the same tokenizer and codes
         speedrun.main([*words, "--recipes=reference/cosine"])
-    encoded = [path for path in (small / "out").rglob(speedrun.SECONDS) if "encoded" in json.loads(path.read_text())]
+    encoded = [path for path in (small / "out").rglob(speedrun_record.SECONDS) if "codes-" in path.read_text()]
     assert len(encoded) == 1
