@@ -44,6 +44,7 @@ from benchmarks.speedrun_record import (
     shown_command,
     speed,
     stamp,
+    trained_by,
     without_places,
 )
 from benchmarks.speedrun_table import COLUMNS, RESULTS, STAGE_COLUMNS, line_of, record, table
@@ -232,7 +233,8 @@ class Speedrun:
             figures = {name.removeprefix("val_"): found[name] for name in names}
             return figures | {"rfid_proxy": found["rfid"], "flops": self._flops(config), **speed(folder)}
 
-        return self._scored(folder, "", score) | {"minutes": minutes(folder, "trained"), "steps": int(config.steps)}
+        spent = {"minutes": minutes(folder, "trained"), "steps": int(config.steps)}
+        return self._scored(folder, "", score) | spent | trained_by(folder)
 
     def transformer_figures(self, config: ConfigDict, sampler: dict[str, Any]) -> dict[str, Any]:
         """Trains and scores stage 2, sampled so."""
@@ -253,7 +255,11 @@ class Speedrun:
             return figures | self._samples(scored, sampler, folder / f"samples-{digest(sampler)}.png")
 
         spent = minutes(tokenizer, Path(config.codes).name) + minutes(folder, "trained")
-        return self._scored(folder, digest(sampler), score) | {"minutes": spent, "steps": int(config.steps)}
+        return (
+            self._scored(folder, digest(sampler), score)
+            | {"minutes": spent, "steps": int(config.steps)}
+            | trained_by(folder)
+        )
 
     def _samples(self, scored: ScoredTransformer, sampler: dict[str, Any], sheet: Path) -> dict[str, Any]:
         """gFID-proxy and class agreement of samples, classes in turn; some of them go to `sheet`."""
@@ -313,7 +319,8 @@ class Speedrun:
         found = self.transformer_figures(stage_2, dict(PIECES["transformer"][second].sampler))
         both = {f"{name}_{k}": x[name] for k, x in enumerate((figures, found), 1) for name in ("flops", "ms", "steps")}
         total = {"minutes": figures["minutes"] + found["minutes"], "accuracy": self.accuracy}
-        return {"name": name} | figures | found | both | total
+        when = {name: "; ".join(dict.fromkeys([figures[name], found[name]])) for name in ("date", "machine")}
+        return {"name": name} | figures | found | both | total | when
 
 
 def names_of(text: str, known: dict[str, Piece], flag: str) -> list[str]:
@@ -328,6 +335,9 @@ def run(args: argparse.Namespace, command: str) -> None:
     """All that is asked for."""
     if bool(args.lpips) and args.lpips.count(",") != 1:
         raise UserError("--lpips: names two files, VGG,HEADS")
+    for file in filter(None, args.lpips.split(",")):
+        if not storage.path(file).is_file():
+            raise UserError(f"--lpips: there is no file {file}")
     recipes = [name for name in args.recipes.split(",") if name]
     for name in recipes:
         find(name)
@@ -345,11 +355,11 @@ def run(args: argparse.Namespace, command: str) -> None:
     for kind, names in pieces.items():
         if names:
             rows = speedrun.pieces(kind, names, args.tokenizer, args.equal_flops)
-            by = stamp() | rows[-1]
-            print(f"\n{by['date']}, {by['machine']}; `{command}`\n\n{table(STAGE_COLUMNS[kind], rows)}\n", flush=True)
+            when = "; ".join(dict.fromkeys(f"{row['date']}, {row['machine']}" for row in rows))
+            print(f"\n{when}; `{command}`\n\n{table(STAGE_COLUMNS[kind], rows)}\n", flush=True)
     lines = []
     for name in recipes:
-        found = stamp() | speedrun.recipe(name) | {"data": speedrun.name, "command": command}
+        found = speedrun.recipe(name) | {"data": speedrun.name, "command": command}
         lines.append(line_of(found))
         print(table(COLUMNS, [found]), flush=True)
     if args.record and lines:

@@ -40,6 +40,12 @@ def stamp() -> dict[str, str]:
     return {"date": datetime.date.today().isoformat(), "machine": machine(), "revision": revision}
 
 
+def trained_by(folder: Path) -> dict[str, str]:
+    """When and where the stage in a folder was trained."""
+    done = read_json(folder / SECONDS)["trained"]
+    return {name: done[name] for name in ("date", "machine")}
+
+
 def say_if_older(folder: Path, done: dict[str, Any]) -> None:
     """One line where something is not done again that another source did."""
     if (by := done.get("revision", "an earlier one")) != stamp()["revision"]:

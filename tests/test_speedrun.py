@@ -1,5 +1,7 @@
 """The speedrun: every piece changes its config into a model, tables and records, and one very small run of it all."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -81,6 +83,46 @@ def test_a_recorded_command_names_no_place_of_this_machine(monkeypatch):
     assert ran == [expected] * 2
 
 
+class Unopened(speedrun.Speedrun):
+    """A speedrun without data, of which folders are named alone."""
+
+    def __init__(self, out):
+        self.out = out
+
+    def _identity(self):
+        return {"name": "tiny"}
+
+
+def test_a_stage_is_kept_by_its_own_data_and_the_files_of_lpips(tmp_path):
+    run, (one, other) = Unopened(tmp_path), (tmp_path / "a.pth", tmp_path / "b.pth")
+    one.write_bytes(b"1")
+    other.write_bytes(b"2")
+
+    def folder(path="", flip=True, vgg="", seed=0):
+        config = speedrun_vqgan.get_config()
+        config.data.path, config.data.flip, config.lpips.vgg, config.seed = path, flip, str(vgg), seed
+        return run.folder_of("tokenizer", config)
+
+    assert folder() == folder(path="/elsewhere")
+    assert len({folder(), folder(flip=False), folder(vgg=one), folder(vgg=other), folder(seed=1)}) == 5
+    one.rename(tmp_path / "c.pth")
+    assert folder(vgg=tmp_path / "c.pth") != folder(vgg=other)
+
+
+def test_what_another_source_did_is_said_and_kept_with_its_date(tmp_path, capsys):
+    run = Unopened(tmp_path)
+    run._once(tmp_path / "stage", "trained", lambda: None)
+    run._once(tmp_path / "stage", "trained", lambda: 1 / 0)  # it is done
+    assert speedrun_record.trained_by(tmp_path / "stage")["date"] == speedrun_record.stamp()["date"]
+    assert capsys.readouterr().out == ""
+    file = tmp_path / "stage" / speedrun_record.SECONDS
+    done = speedrun_record.read_json(file)["trained"] | {"date": "then", "revision": "abc"}
+    file.write_text(json.dumps({"trained": done}))
+    run._once(tmp_path / "stage", "trained", lambda: 1 / 0)
+    assert "of revision abc, not of this one" in capsys.readouterr().out
+    assert speedrun_record.trained_by(tmp_path / "stage")["date"] == "then"
+
+
 class Counted(speedrun.Speedrun):
     """A speedrun whose stages cost FLOPs and nothing else."""
 
@@ -109,6 +151,7 @@ def test_pieces_with_other_flops_run_again_at_as_many_in_all():
         (["--pieces=refrence"], "did you mean 'reference'"),
         (["--steps=10", "--pieces=reference"], "--steps"),
         (["--lpips=one", "--pieces=reference"], "--lpips"),
+        (["--lpips=/no/vgg.pth,/no/lin.pth", "--pieces=reference"], "there is no file /no/vgg.pth"),
         (["--form=tpu", "--pieces=reference"], "--form"),
     ],
 )
