@@ -7,6 +7,7 @@ checkpoint stays, and the manifest, written last, is what makes it one.
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import math
 import os
@@ -79,6 +80,7 @@ class Checkpoints:
             preservation_policy=self._keep, cleanup_tmp_directories=not read_only, create=not read_only
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "record"))
+        self._place = self._inode()
         self._hasher = ThreadPoolExecutor(1, "manifest")
         self._uncommitted: tuple[int, dict[str, Any]] | None = None
         self._sealing: tuple[int, Future[None]] | None = None
@@ -112,6 +114,8 @@ class Checkpoints:
             return
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
         with self._reported(step, storage.is_storage_error):
+            if self._gone():  # Orbax would make it anew, without the logs and checkpoints that were there
+                raise FileNotFoundError(errno.ENOENT, "this run's folder is gone", str(self.directory))
             self._manager.save(step, args=items, force=True)
         self._uncommitted = (step, manifest)
 
@@ -235,11 +239,21 @@ class Checkpoints:
             message = (
                 f"{self.directory}: checkpoint of step {step} was not saved ({manifests.first_line(error)}); {last}"
             )
-            gone = not storage.is_remote(self.directory) and not self.directory.exists()
-            kind = storage.StorageError if storage.may_pass(error) and not gone else UserError
+            kind = storage.StorageError if storage.may_pass(error) and not self._gone() else UserError
             raise kind(message) from error
         finally:
             absl.setLevel(level)
+
+    def _inode(self) -> int | None:
+        """What tells the folder from another in its place; None in a bucket, or where there is none."""
+        try:
+            return None if storage.is_remote(self.directory) else os.stat(self.directory).st_ino
+        except FileNotFoundError:
+            return None
+
+    def _gone(self) -> bool:
+        """Whether the folder was moved or deleted: a save that was under way may have made another in its place."""
+        return self._inode() != self._place
 
     def _seal(self) -> None:
         (step, manifest), self._uncommitted = self._uncommitted, None
