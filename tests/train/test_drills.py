@@ -140,7 +140,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("at", "left"), [(0, 250_000), (13, 0)])  # a save meets it first, or a log
+@pytest.mark.parametrize(("at", "left"), [(0, 200_000), (13, 0)])  # a save meets it first, or a log
 def test_a_disk_that_runs_full_while_training(tmp_path, small_disk, capsys, at, left):
     """One line says so, the checkpoint before stays, and with room again the run ends as if nothing had been."""
     room = small_disk / "room"
