@@ -19,7 +19,6 @@ large matrix product in the same run. Keep the machine idle meanwhile.
 
 import argparse
 import itertools
-import math
 import os
 import time
 from collections.abc import Callable
@@ -122,8 +121,7 @@ def seconds(
     """Seconds of a batch of pictures, and how many parts were run of how many."""
     alone = "serial" in way and batch % jax.device_count()
     mesh = parallel.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:1] if alone else None)
-    parts = mesh.size // math.gcd(mesh.size, batch)
-    sampler = LargeSampler(model, grid, **way, multiple=parts, steps=steps)
+    sampler = LargeSampler(model, grid, **way, parts=mesh.size, batch=batch, steps=steps)
     with jax.set_mesh(mesh):
         return _seconds(sampler, jax.device_put(params, NamedSharding(mesh, P())), batch, top_k, repeats)
 

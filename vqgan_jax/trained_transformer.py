@@ -62,9 +62,8 @@ class TrainedTransformer:
 
     @functools.cached_property
     def _large_sampler(self) -> Callable[..., LargeSampler]:
-        """By grid, stride and parts of a batch, compiled once."""
-        model = self.model
-        return functools.cache(lambda grid, stride, parts: LargeSampler(model, grid, stride=stride, multiple=parts))
+        """By grid and how windows run, compiled once."""
+        return functools.cache(functools.partial(LargeSampler, self.model))
 
     @functools.cached_property
     def _placed(self) -> Callable[[Mesh], tuple[Tree, Tree]]:
@@ -154,11 +153,12 @@ class TrainedTransformer:
         if not len(indices):
             return
         parts = math.prod(mesh.shape[name] for name in parallel.BATCH_AXES)
-        sampler = self._large_sampler(tuple(grid), large.stride, parts // math.gcd(parts, batch))
-        budget = parts * (large.memory or device_budget())
-        most = windows_at_once(self.model, batch * (2 if strategy.guided else 1), budget)
-        if large.stride and most < sampler.together:
-            large.announce(f"drawing {most} of {sampler.together} windows at once, as the memory allows")
+        sampler, most = self._large_sampler(tuple(grid), stride=large.stride, parts=parts, batch=batch), 0
+        if large.stride:
+            budget = parts * (large.memory or device_budget())
+            most = windows_at_once(self.model, batch * (2 if strategy.guided else 1), budget)
+            if most < sampler.together:
+                large.announce(f"drawing {most} of {sampler.together} windows at once, as the memory allows")
         tokens, (params, frozen) = self._programs[0], self._placed(mesh)
         encode, decode = self._large_encoder(mesh, large), self._large_decoder((batch, *grid), mesh, large)
         for start in range(0, len(indices), batch):

@@ -106,7 +106,7 @@ def test_so_do_eight_devices_for_every_condition(kind):
     np.testing.assert_array_equal(fast, serial)
     mesh = parallel.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     with jax.set_mesh(mesh):
-        sampler = LargeSampler(model, grid, multiple=mesh.size // 2)
+        sampler = LargeSampler(model, grid, parts=mesh.size, batch=2)
         sharded = sampler.whole(jax.device_put(params, jax.NamedSharding(mesh, jax.P())), condition, keys, Strategy())
     assert mesh.size == 8 and len(np.unique(serial)) > 10
     np.testing.assert_array_equal(sharded, serial)
@@ -230,7 +230,7 @@ def test_a_stopped_picture_goes_on_and_devices_do_not_matter(stride):
         np.testing.assert_array_equal(few, whole)
     mesh = parallel.make_mesh({"data": 4, "fsdp": 2, "tensor": 1})
     with jax.set_mesh(mesh):
-        *_, (sharded, _) = LargeSampler(model, grid, stride=stride, multiple=4)(
+        *_, (sharded, _) = LargeSampler(model, grid, stride=stride, parts=mesh.size, batch=2)(
             jax.device_put(params, jax.NamedSharding(mesh, jax.P())), condition, keys, strategy
         )
     np.testing.assert_array_equal(sharded, whole)
@@ -243,7 +243,7 @@ def test_windows_are_spread_over_the_devices(stride):
     model, params = MODELS["depth"](layers=4)
     grid, keys = (6, 34), row_keys(0, jnp.arange(2))
     condition, ids = whole_condition(model, grid), jnp.zeros((2, *grid), jnp.int32)
-    sampler = LargeSampler(model, grid, stride=stride, multiple=4)
+    sampler = LargeSampler(model, grid, stride=stride, parts=8, batch=2)
     part = (jnp.zeros(8, jnp.int32), jnp.arange(8), (2, 2)) if stride else (0, 8, 16)
     program, costs = sampler._fill if stride else sampler._advance, []
     for devices in (8, 1):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -114,7 +115,8 @@ class LargeSampler:
         centre: str = "",
         serial: bool = False,
         stride: int = 0,
-        multiple: int = 1,
+        parts: int = 1,
+        batch: int = 1,
         steps: int = 64,
     ):
         """Plans it.
@@ -125,7 +127,8 @@ class LargeSampler:
           centre: of the exact window, see `sliding.window_start`; by default that of `centre_of`.
           serial: of the exact window: one token after the other, as the reference; the same tokens, slowly.
           stride: 0 for the exact window; else codes by which block windows advance, see `blocks`.
-          multiple: windows of a picture that run together are filled up to one of this.
+          parts: of the mesh, over which the windows that run together are spread: filled up so that they divide.
+          batch: pictures that are drawn together.
           steps: of the exact window in a part: enough to hide the call, few enough for a bar.
 
         Raises:
@@ -135,11 +138,12 @@ class LargeSampler:
             raise UserError(
                 f"the sliding window needs tokens in row-major order, this model's is '{model.config.order}'"
             )
-        self.model, self.grid, self._multiple, self._most = model, grid, multiple, steps
+        self.model, self.grid, self._most = model, grid, steps
+        self._multiple = parts // math.gcd(parts, batch)
         self.tokens = grid[0] * grid[1]
         centre = centre or centre_of(model)
         self._blocks = Blocks(grid, model.config.grid, stride) if stride else None
-        self._wavefront = None if stride else Wavefront(grid, model.config.grid, centre, serial, multiple)
+        self._wavefront = None if stride else Wavefront(grid, model.config.grid, centre, serial, self._multiple)
         batches = [len(windows) for windows, _ in self._blocks.batches()] if stride else []
         self.total = len(batches) if stride else self._wavefront.steps
         self.together = max(batches) if stride else self._wavefront.slots
