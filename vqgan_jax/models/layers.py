@@ -29,7 +29,7 @@ def conv2d(
     padding: Padding = ((1, 1), (1, 1)),
     precision: jax.lax.Precision | None = None,
 ) -> jax.Array:
-    """Convolves x [b, h, w, c] with kernel [size, size, c, features]."""
+    """Convolves x [b, h, w, c] with kernel [height, width, c, features]."""
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
     )
@@ -83,14 +83,8 @@ class ConvNorm(nn.Module):
         kernel = self.param("kernel", nn.initializers.he_normal(), (*self.kernel, x.shape[-1], self.features))
         scale, variance = (self.param(name, nn.initializers.ones, (self.features,)) for name in ("scale", "variance"))
         bias, mean = (self.param(name, nn.initializers.zeros, (self.features,)) for name in ("bias", "mean"))
-        y = jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (self.stride, self.stride),
-            [(size // 2 if self.padded else 0,) * 2 for size in self.kernel],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=self.precision,
-        )
+        padding = [(size // 2 if self.padded else 0,) * 2 for size in self.kernel]
+        y = conv2d(x, kernel, self.stride, padding, self.precision)
         y = (y - mean) * (scale * jax.lax.rsqrt(variance + self.epsilon)) + bias
         return nn.relu(y) if self.relu else y
 
