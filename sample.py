@@ -100,9 +100,13 @@ def sample(
         return images.centre_crop(request.finished(index, picture), height, width)
 
     # Sampling
+    def ahead(share: float) -> float:
+        """Images between the bar and a share of this batch."""
+        return done + start + share * min(batch, len(missing) - start) - bar.n
+
     def hold(share: float) -> None:
         """Counts what an earlier job drew of this batch as there, not as done in no time."""
-        held = share * min(batch, len(missing) - start)
+        held = ahead(share)
         bar.initial, bar.n = bar.initial + held, bar.n + held
 
     with SampleFolder(path, settings, later=() if request.encodes else ("decode",)) as folder:
@@ -120,7 +124,7 @@ def sample(
                 every=every,
                 finish=finish,
                 begun=hold,
-                progress=lambda share: bar.update(done + start + share * min(batch, len(missing) - start) - bar.n),
+                progress=lambda share: bar.update(ahead(share)),
                 announce=bar.write,
             )
             batches = trained.samples(
@@ -138,7 +142,7 @@ def sample(
                 for index, picture in zip(missing[start:], pictures, strict=False):
                     folder.write(index, finish(index, picture))
                 start += len(pictures)
-                bar.update(done + start - bar.n)
+                bar.update(ahead(0))
     multihost_utils.sync_global_devices("every image is written")
 
     # Sheets
