@@ -8,8 +8,6 @@ Arguments: `runlocal` two steps; `reference` the original's oddities; `quantizer
 `input=segmentation`, `depth`, `edges`, `low_res` or `keypoints` the VQGAN of a condition, in about a minute.
 """
 
-import functools
-
 from ml_collections import ConfigDict
 
 from configs import common, quantizers
@@ -36,9 +34,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # A stem of stride 4 and a pixel-shuffle tail: nothing runs above 16x16, which is where a CPU's time would go.
     ae.resolution, ae.stem, ae.channels, ae.multipliers, ae.blocks = 64, 4, 64, (1, 1), 1
     ae.decoder_extra_blocks, ae.attention_resolutions, ae.z_channels = 0, (), 64
-    annealed = arg.quantizer == "gumbel"  # within this run, unlike the released model's
-    named = quantizers.annealed_gumbel if annealed else functools.partial(quantizers.of_size, arg.quantizer or "ema")
-    config.model.quantizer = named(256, 16)
+    config.model.quantizer = quantizers.of_size(arg.quantizer or "ema", 256, 16)
+    if arg.quantizer == "gumbel" and not arg.reference:  # the released model anneals far longer than this run
+        config.model.quantizer = quantizers.annealed_gumbel(256, 16)
     config.model.discriminator.enabled = False
     config.loss.reconstruction, config.loss.perceptual_weight = "l2", 0.0
     config.optimizer = common.adam(2e-3, b1=0.9, b2=0.99, clip_norm=1.0, schedule="cosine", warmup="50", hold="50%")
