@@ -173,9 +173,10 @@ class Speedrun:
 
     def folder_of(self, kind: str, config: ConfigDict, *more: str) -> Path:
         """Where a stage is kept, by the digest of its config, its data and what it builds on."""
-        defined = {name: x for name, x in plain(config).items() if name not in ("vqgan", "codes", "lpips")}
-        defined["data"] = without_places(defined["data"])
-        judges = [storage.sha256(storage.path(file)) for file in filter(None, plain(config).get("lpips", {}).values())]
+        fields = plain(config)
+        defined = {name: x for name, x in fields.items() if name not in ("vqgan", "codes", "lpips")}
+        defined["data"] = without_places(fields["data"])
+        judges = [storage.sha256(storage.path(file)) for file in filter(None, fields.get("lpips", {}).values())]
         return self.out / f"{kind}-{digest({'config': defined, 'data': self._identity(), 'on': more + tuple(judges)})}"
 
     def train_tokenizer(self, config: ConfigDict) -> Path:
@@ -254,12 +255,9 @@ class Speedrun:
             figures |= {"flops": self._flops(config, first), "parameters": count, **speed(folder)}
             return figures | self._samples(scored, sampler, folder / f"samples-{digest(sampler)}.png")
 
-        spent = minutes(tokenizer, Path(config.codes).name) + minutes(folder, "trained")
-        return (
-            self._scored(folder, digest(sampler), score)
-            | {"minutes": spent, "steps": int(config.steps)}
-            | trained_by(folder)
-        )
+        both = minutes(tokenizer, Path(config.codes).name) + minutes(folder, "trained")
+        spent = {"minutes": both, "steps": int(config.steps)}
+        return self._scored(folder, digest(sampler), score) | spent | trained_by(folder)
 
     def _samples(self, scored: ScoredTransformer, sampler: dict[str, Any], sheet: Path) -> dict[str, Any]:
         """gFID-proxy and class agreement of samples, classes in turn; some of them go to `sheet`."""

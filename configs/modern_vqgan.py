@@ -25,9 +25,9 @@ configs/speedrun_vqgan.py (with `form=gpu` its larger ones). `blocks=4`: residua
 - `perturb` (RobustTok, arXiv 2503.08354; all codes of a tenth of the pictures become one of their 100 nearest, both
   halved from 20 to 60 % of the run): rFID 0.91 to 1.02, gFID of RAR-L 1.70 to 1.60.
 - `blocks=4`: IBQ's depth. Compare it at equal FLOPs.
-- Averaged weights over 0.999: with the longer run the last step of MaskBit's, 2.00 to 1.66. No
-  entropy term: VQGAN+ ships without one, at 100 % usage. Warm-up and clipping cured SimVQ's NaNs. 256 images at 1e-4:
-  GSQ gained from 512 at 2e-4 (1.80 to 1.58), so raise both together. Commitment 0.25 is VQ-VAE's.
+- Averaged weights over 0.999: with the longer run the last step of MaskBit's, 2.00 to 1.66. No entropy term: VQGAN+
+  ships without one, at 100 % usage. Warm-up and clipping cured SimVQ's NaNs. 256 images at 1e-4: GSQ gained from 512 at
+  2e-4 (1.80 to 1.58), so raise both together. Commitment 0.25 is VQ-VAE's.
 - Ours, untested: weight decay 1e-4, 5000 steps of warm-up, a tenth of the rate at the end, crops of 0.8 to 1 of a
   picture, weight 0.1 of the logits.
 

@@ -209,9 +209,9 @@ def upgrade_model(model: Mapping[str, Any]) -> dict[str, Any]:
         newer["transformer"] = GPT2 | newer["transformer"]
     if "quantizer" in newer:  # its durations were numbers of steps
         fields = newer["quantizer"].items()
-        newer["quantizer"] = {name: str(value) if name.endswith("_steps") else value for name, value in fields}
-    if newer.get("quantizer", {}).get("name") == "vq":
-        newer["quantizer"] = {"normalize": False, "start": "uniform"} | newer["quantizer"]
+        quantizer = {name: str(value) if name.endswith("_steps") else value for name, value in fields}
+        later = {"normalize": False, "start": "uniform"} if quantizer.get("name") == "vq" else {}
+        newer["quantizer"] = later | quantizer
     if "discriminator" in newer:
         newer["discriminator"] = {"name": "patchgan", "spectral_norm": False} | newer["discriminator"]
     return newer
