@@ -111,7 +111,7 @@ def test_larger_pictures_are_drawn_from_layouts_with_sizes(monkeypatch):
 
     trained, sampler = TrainedTransformer(model, {}, {}, None, {}), Spy(model, (4, 8))
     for name, value in (("_placed", ({}, {})), ("_large_sampler", sampler)):
-        monkeypatch.setitem(vars(trained), name, lambda *asked, value=value: value)
+        monkeypatch.setitem(vars(trained), name, lambda *asked, value=value, **how: value)
     pictures = np.zeros((1, 8, 16, 3), np.float32)
     monkeypatch.setattr(TrainedTransformer, "_large_decoder", lambda *asked: lambda ids: pictures)
     layout = {
