@@ -102,17 +102,13 @@ def sample(
     # Sampling
     def ahead(share: float) -> float:
         """Images between the bar and a share of this batch."""
-        return done + start + share * min(batch, len(missing) - start) - bar.n
-
-    def hold(share: float) -> None:
-        """Counts what an earlier job drew of this batch as there, not as done in no time."""
-        held = ahead(share)
-        bar.initial, bar.n = bar.initial + held, bar.n + held
+        return done + start + share * min(together, len(missing) - start) - bar.n
 
     with SampleFolder(path, settings, later=() if request.encodes else ("decode",)) as folder:
         share = host_share(number, jax.process_index(), jax.process_count())
         missing = np.array([index for index in share if index not in folder.done], int)
         done = len(share) - len(missing)
+        together = -(-len(missing) // max(1, -(-len(missing) // batch)))  # as few batches, the last one filled up least
         shown = {"desc": "sample", "unit": "image", "bar_format": BAR, "disable": not len(missing)}
         with tqdm(total=len(share), initial=done, **shown) as bar:
             start = 0
@@ -123,7 +119,7 @@ def sample(
                 folder=folder,
                 every=every,
                 finish=finish,
-                begun=hold,
+                begun=lambda share: hold(bar, ahead(share)),
                 progress=lambda share: bar.update(ahead(share)),
                 announce=bar.write,
             )
@@ -131,7 +127,7 @@ def sample(
                 request.rows,
                 grid,
                 seed=seed,
-                batch=min(batch, number),
+                batch=max(1, together),
                 strategy=strategy,
                 indices=missing,
                 mesh=devices,
@@ -155,6 +151,11 @@ def sample(
         images.save_png(path / SHEET, draw_sheet(folder, request, trained))
         print(f"{number} images ({done} of this host's were there) in {path}")
     return path
+
+
+def hold(bar: tqdm, held: float) -> None:
+    """Counts what an earlier job drew of a batch as there, not as done in no time."""
+    bar.initial, bar.n, bar.last_print_n = (n + held for n in (bar.initial, bar.n, bar.last_print_n))
 
 
 def strategy_record(strategy: Strategy) -> dict[str, Any]:

@@ -169,12 +169,12 @@ class TrainedTransformer:
             begun = large.folder.begun(filled) if large.folder else None
             ids, position = begun or (None, 0)
             shown = sampler.rows(position)
-            large.begun(position / sampler.total)
+            large.begun(sampler.share(position))
             with jax.set_mesh(mesh):
                 condition, keys, given = tokens(frozen, rows, seed, whole=True)
                 for ids, position in sampler(params, condition, keys, strategy, given, begun=begun, most=most):
                     jax.block_until_ready(ids)  # or the bar would be at its end at once
-                    large.progress(position / sampler.total)
+                    large.progress(sampler.share(position))
                     if large.folder:
                         large.folder.keep(chosen, ids, position)
                     if large.every and sampler.rows(position) >= shown + large.every and position < sampler.total:

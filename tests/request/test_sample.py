@@ -1,5 +1,6 @@
 """sample.py under conditions and with given parts: in one process in memory, and as the script on one and two."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -138,3 +139,31 @@ def test_two_processes_split_a_job_and_equal_one(tmp_path):
     assert "2 of this host's were there" in again[0].stdout, again[0].stderr  # of 4, and 2 of the other's 3
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
+
+
+def test_the_bar_does_not_take_what_an_earlier_job_drew_for_speed(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    with sample.tqdm(total=10, file=io.StringIO(), mininterval=0) as bar:
+        sample.hold(bar, 8.0)
+        for _ in range(3):
+            now[0] += 30
+            bar.update(0.1)
+        assert bar.format_dict["n"] == pytest.approx(8.3) and bar.format_dict["initial"] == 8
+        assert bar.format_dict["rate"] == pytest.approx(0.1 / 30)
+
+
+def test_a_batch_is_no_larger_than_what_is_missing(tmp_path, monkeypatch):
+    """Else a picture more would be drawn as often as a batch has room."""
+    trained, batches = models.untrained("class_segmentation", dropout=0.1), []
+    monkeypatch.setattr(pretrained, "open_transformer", lambda *_, **__: trained)
+
+    def samples(self, conditions, grid, *, batch, indices, **rest):
+        batches.append(batch)
+        for start in range(0, len(indices), batch):
+            yield np.zeros((len(indices[start : start + batch]), SIZE, SIZE, 3), np.uint8)
+
+    monkeypatch.setattr(type(trained), "samples", samples)
+    for number in (5, 6, 15):
+        sampled(tmp_path / "out", Asked(number=number), batch=4)
+    assert batches == [3, 1, 3]

@@ -1,7 +1,9 @@
 """The sliding window: rows at once = one token after the other, for every kind of condition; blocks; going on."""
 
+import collections
 import dataclasses
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -188,6 +190,17 @@ def test_up_to_8192_pixels_blocks_fit_together(grid, window, stride):
         for top, left in windows:
             drawn[top : top + h, left : left + w] = True
     assert drawn.all()
+
+
+@pytest.mark.parametrize("grid, stride", [((128, 128), 2), ((125, 125), 2), ((64, 67), 3), ((99, 31), 4)])
+def test_few_shapes_of_block_windows_run_and_few_windows_twice(grid, stride):
+    """Also where the stride does not divide the size, and windows at the ends have blocks of their own."""
+    model, _ = MODELS["coordinates"]()
+    programs = LargeSampler(model, grid, stride=stride).programs()
+    shapes = collections.Counter(block for _, block in programs)
+    assert max(shapes.values()) <= 4
+    needed = math.prod(-(-(size - side) // stride) + 1 for size, side in zip(grid, (4, 4), strict=True))
+    assert needed <= sum(count * len(parts) for (count, _), parts in programs.items()) <= 1.3 * needed
 
 
 def test_8192_pixels_are_one_array_of_codes():

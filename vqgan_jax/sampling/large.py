@@ -45,6 +45,14 @@ class LargeOptions:
     announce: Callable[[str], None] = lambda line: None
 
 
+_SHAPES = 4  # in which block windows of a kind run: more leave fewer to draw twice and take longer to compile
+
+
+def _up_to(n: int, step: int) -> int:
+    """The next multiple."""
+    return -(-n // step) * step
+
+
 def centre_of(model: ImageTransformer) -> str:
     """Where the exact window has its centre, see `sliding.window_start`: the reference has layouts' apart."""
     return "lower" if "boxes" in model.condition.keys else "upper"
@@ -144,13 +152,19 @@ class LargeSampler:
         centre = centre or centre_of(model)
         self._blocks = Blocks(grid, model.config.grid, stride) if stride else None
         self._wavefront = None if stride else Wavefront(grid, model.config.grid, centre, serial, self._multiple)
-        batches = [len(windows) for windows, _ in self._blocks.batches()] if stride else []
-        self.total = len(batches) if stride else self._wavefront.steps
-        self.together = max(batches) if stride else self._wavefront.slots
+        self._longest: dict[tuple[int, int], int] = {}  # of the batches of block windows, by where their blocks start
+        for windows, block in self._blocks.batches() if stride else ():
+            self._longest[block] = max(len(windows), self._longest.get(block, 0))
+        self.total = sum(1 for _ in self._blocks.batches()) if stride else self._wavefront.steps
+        self.together = max(self._longest.values()) if stride else self._wavefront.slots
 
     def drawn(self, position: int) -> np.ndarray:
         """Which tokens there are at a position: bool [H, W]."""
         return (self._wavefront or self._blocks).drawn(position)
+
+    def share(self, position: int) -> float:
+        """Of the work that is done at a position."""
+        return position / self.total if self._wavefront else float(self.drawn(position).mean())
 
     def rows(self, position: int) -> int:
         """Rows that are drawn to their ends at a position."""
@@ -220,11 +234,11 @@ class LargeSampler:
 
     def _windows(self) -> Iterator[tuple[int, tuple[np.ndarray, int, tuple[int, int]]]]:
         """Batches of block windows: how many there were by then, their tops and lefts [n, 2], how many they are filled
-        up to, so that few shapes are compiled, and where their blocks start."""
+        up to, so that few shapes are compiled and few windows drawn twice, and where their blocks start."""
         for number, (windows, block) in enumerate(self._blocks.batches(), 1):
-            inner = block[0] and block[1]
-            count = -(-(self.together if inner else len(windows)) // self._multiple) * self._multiple
-            yield number, (np.asarray(windows, np.int32), count, block)
+            longest = self._longest[block]
+            count = min(_up_to(len(windows), -(-longest // _SHAPES)), longest)
+            yield number, (np.asarray(windows, np.int32), _up_to(count, self._multiple), block)
 
     def _fill_all(
         self,
