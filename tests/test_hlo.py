@@ -99,6 +99,23 @@ def test_slices_staged_buffers_and_updates_in_place_count_once():
     assert Module(BYTES).counts().memory == staged + 2 * row + part + out
 
 
+def test_an_operand_that_a_fusion_inside_only_reshapes_is_read():
+    """As TPUs hand weights to a matrix product."""
+    reshape = """
+%shape (r.0: f32[8,4]) -> f32[8,4] {
+  %r.0 = f32[8,4]{1,0:T(8,128)} parameter(0)
+  ROOT %same = f32[8,4]{1,0:T(8,128)} bitcast(%r.0)
+}
+"""
+    add = "ROOT %sum = f32[8,4]{1,0:T(8,128)} add(%p.1, %part)"
+    again = "%again = f32[8,4]{1,0:T(8,128)} fusion(%p.1), kind=kLoop, calls=%shape\n  "
+    assert add in BYTES
+    slow = BYTES.replace("fusion(%new, %fast)", "fusion(%new, %b)")  # from device memory
+    direct = Module(slow).counts().memory
+    assert Module(reshape + slow.replace(add, again + add.replace("%p.1", "%again"))).counts().memory == direct
+    assert direct == Module(BYTES).counts().memory + 8 * 4 * 4
+
+
 def test_a_copy_back_from_fast_memory_writes():
     back = "(f32[8,4]{1,0:T(8,128)}, f32[8,4]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%fast)"
     text = BYTES.replace("ROOT %out", f"%back = {back}\n  ROOT %out")

@@ -194,7 +194,7 @@ class Module:
             line = body[line.operands[0]]
         if line.kind == "fusion":
             inside = self._computations[line.attribute("calls")]
-            root = next(inner for inner in inside.values() if inner.root)
+            root = self._root(line.attribute("calls"))
             if root.kind != "add":
                 return None
             found = [_constant(inside, operand) for operand in root.operands]
@@ -235,7 +235,7 @@ class Module:
         if line.kind != "fusion":
             return _size(_outside(line.shape))
         inside = self._computations[line.attribute("calls")]
-        root = next(inner for inner in inside.values() if inner.root)
+        root = self._root(line.attribute("calls"))
         results = [inside[name] for name in root.operands] if root.kind == "tuple" else [root]
         total = 0
         for shape, result in zip(_SHAPE.findall(line.shape), results, strict=False):
@@ -249,23 +249,37 @@ class Module:
 
     def _used(self, name: str, place: int, whole: int) -> int:
         """How much of a fused computation's parameter it reads: all, or slices."""
-        lines = self._computations[name]
-        number = f"{place}, "
-        parameter = next((n for n, x in lines.items() if x.kind == "parameter" and x.attributes.startswith(number)), "")
-        used, names = 0, {parameter}
-        for line in lines.values():
+        used, names = 0, self._aliases(name, place)
+        for line in self._computations[name].values():
             for at, operand in enumerate(line.operands):
-                if operand not in names:
+                if operand not in names or line.name in names:
                     continue
-                if line.kind == "bitcast":
-                    names.add(line.name)
-                elif line.kind in ("slice", "dynamic-slice", "gather") and at == 0:
+                if line.kind in ("slice", "dynamic-slice", "gather") and at == 0:
                     used += _size(_SHAPE.findall(line.shape))
                 elif line.kind == "fusion":
                     used += self._used(line.attribute("calls"), at, whole)
                 elif line.kind != "dynamic-update-slice" or at:
                     used += whole
         return min(used, whole)
+
+    def _aliases(self, name: str, place: int) -> set[str]:
+        """A fused computation's parameter, and what gives it another shape and no more."""
+        names: set[str] = set()
+        for line in self._computations[name].values():
+            if line.kind == "parameter":
+                same = line.attributes.startswith(f"{place}, ")
+            elif line.kind == "fusion":
+                called = line.attribute("calls")
+                places = [at for at, operand in enumerate(line.operands) if operand in names]
+                same = any(self._root(called).name in self._aliases(called, at) for at in places)
+            else:
+                same = line.kind == "bitcast" and line.operands[0] in names
+            if same:
+                names.add(line.name)
+        return names
+
+    def _root(self, name: str) -> Instruction:
+        return next(line for line in self._computations[name].values() if line.root)
 
 
 def _split(rest: str) -> tuple[str, str, str]:

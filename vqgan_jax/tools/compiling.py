@@ -1,19 +1,23 @@
-"""Compiles a program for devices that may be elsewhere, with a line of progress, and keeps what was found.
+"""Compiles a program for devices that may be elsewhere, with a line of progress, and keeps what came of it.
 
-Results are kept by the program itself (its lowered text), the devices and the versions of the compilers: a second look
-takes the seconds of tracing, and no change of code or config can make it stale.
+It is kept by the program itself (its lowered text), the devices and the versions of the compilers: a second look takes
+the seconds of tracing, and no change of a config, or of what is read off a program, can make it stale.
 """
 
 import contextlib
 import dataclasses
+import gzip
 import json
 import os
 import re
 import sys
 import threading
 import time
+import types
+import zlib
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,11 +26,13 @@ from vqgan_jax import storage, weights
 from vqgan_jax.hlo import Module
 from vqgan_jax.parallel import exceeds_memory, platform, slice_of
 from vqgan_jax.tools.programs import Program
-from vqgan_jax.train.roofline import Cost, Traffic, count_flops, program_cost
+from vqgan_jax.train.roofline import Cost, cost_of, count_flops
 
 _FOLDER = "aot"  # in the cache folder
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # that change what a compiler makes
 _KEPT_BUFFERS = 400
+# Of a program's memory analysis what `cost_of` reads.
+_MEMORY = [f"{part}_size_in_bytes" for part in ("argument", "output", "alias", "temp", "generated_code")]
 _SECONDS = 15.0  # between lines of progress
 
 
@@ -56,9 +62,9 @@ def compile_cached(program: Program, *, keep: bool = False) -> Compiled:
     with jax.set_mesh(program.mesh):
         lowered = program.function.lower(*program.args)
         needed = count_flops(program.needed(), platform())
-    path = weights.cache_folder() / _FOLDER / f"{_key(program, lowered)}.json"
-    if path.exists() and not keep:
-        return dataclasses.replace(_read(json.loads(path.read_text())), needed_flops=needed)
+    path = weights.cache_folder() / _FOLDER / f"{_key(program, lowered)}.json.gz"
+    if (made := _read(path)) and not keep:
+        return _compiled(made, needed)
     start, executable, refused = time.perf_counter(), None, ""
     with _progress():
         try:
@@ -68,13 +74,21 @@ def compile_cached(program: Program, *, keep: bool = False) -> Compiled:
             if not exceeds_memory(error):
                 raise
             refused = _refusal(str(error))
-    seconds = time.perf_counter() - start
-    cost = buffers = None
+    made = {"refused": refused, "seconds": time.perf_counter() - start}
     if executable is not None:
-        cost, buffers = program_cost(executable), largest_buffers(executable.as_text())
-    compiled = Compiled(cost, refused, buffers or {}, needed, seconds, executable if keep else None)
-    _write(path, compiled)
-    return compiled
+        memory = executable.memory_analysis()
+        made |= {"text": executable.as_text(), "memory": {name: getattr(memory, name) for name in _MEMORY}}
+    _write(path, made)
+    return dataclasses.replace(_compiled(made, needed), executable=executable if keep else None)
+
+
+def _compiled(made: dict[str, Any], needed: float) -> Compiled:
+    """What there is to know of what the compiler made."""
+    cost, buffers = None, {}
+    if "text" in made:
+        cost = cost_of(made["text"], types.SimpleNamespace(**made["memory"]))
+        buffers = largest_buffers(made["text"])
+    return Compiled(cost, made["refused"], buffers, needed, made["seconds"])
 
 
 def largest_buffers(text: str) -> dict[str, tuple[int, str]]:
@@ -92,10 +106,7 @@ def _key(program: Program, lowered: Any) -> str:
     flags = {name: os.environ.get(name, "") for name in _FLAGS}
     places = [(slice_of(d), getattr(d, "coords", d.id)) for d in devices]
     place = [devices[0].device_kind, dict(program.mesh.shape), places]
-    return storage.digest([lowered.as_text(), place, versions, flags, _FORMAT])
-
-
-_FORMAT = 3  # of what is kept; raise it with the meaning of a figure
+    return storage.digest([lowered.as_text(), place, versions, flags])
 
 
 def _installed(name: str) -> bool:
@@ -147,18 +158,14 @@ def _progress() -> Iterator[None]:
             print(" " * 40, end="\r", file=sys.stderr, flush=True)
 
 
-def _write(path: Any, compiled: Compiled) -> None:
-    content = dataclasses.asdict(dataclasses.replace(compiled, executable=None))
+def _write(path: Path, made: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # a cache that cannot be written is none
-        path.parent.mkdir(parents=True, exist_ok=True)
-        storage.write_json(storage.path(path), content)
+        storage.write_bytes(path, gzip.compress(json.dumps(made).encode()))
 
 
-def _read(content: dict[str, Any]) -> Compiled:
-    cost = content["cost"]
-    if cost is not None:
-        sent = ("collectives", "between_slices")
-        kinds = {key: {name: Traffic(**traffic) for name, traffic in cost[key].items()} for key in sent}
-        cost = Cost(**{**cost, **kinds})
-    buffers = {name: tuple(value) for name, value in content["buffers"].items()}
-    return Compiled(**{**content, "cost": cost, "buffers": buffers})
+def _read(path: Path) -> dict[str, Any] | None:
+    """What was kept; None where there is nothing, or where it is damaged."""
+    try:
+        return json.loads(gzip.decompress(path.read_bytes()))
+    except (OSError, EOFError, ValueError, zlib.error):
+        return None

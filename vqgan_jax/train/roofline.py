@@ -195,8 +195,13 @@ class Bound:
 
 
 def program_cost(compiled: Any) -> Cost:
-    """Reads what `jax.jit(f).lower(*args).compile()` takes of each device off its text and its memory analysis."""
-    counts, memory = Module(compiled.as_text()).counts(), compiled.memory_analysis()
+    """What `jax.jit(f).lower(*args).compile()` takes of each device."""
+    return cost_of(compiled.as_text(), compiled.memory_analysis())
+
+
+def cost_of(text: str, memory: Any) -> Cost:
+    """The same, read off its text and its memory analysis."""
+    counts = Module(text).counts()
     within: dict[str, Traffic] = {}
     between: dict[str, Traffic] = {}
     for c in counts.collectives.values():
