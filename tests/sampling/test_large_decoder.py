@@ -15,6 +15,7 @@ from vqgan_jax import parallel
 from vqgan_jax.config import UserError
 from vqgan_jax.models.strips import apply_in_strips
 from vqgan_jax.models.vqgan import VQGAN
+from vqgan_jax.sampling import large_decoder
 from vqgan_jax.sampling.large_decoder import decode_tiles, encode_tiles, plan, spread
 
 MODEL = VQGAN(ref.VQGAN_TINY)
@@ -128,8 +129,9 @@ def test_tiles_cover_8192_pixels_once(codes, overlap):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows, ways", [(512, ("sharded", "strips")), (509, ("strips", "strips"))])
-def test_8192_pixels_are_planned_by_shape(deep, rows, ways):
+def test_8192_pixels_are_planned_by_shape(deep, rows, ways, monkeypatch):
     """Rows that do not divide over the devices are not cut over them; nothing is held of what is planned."""
+    monkeypatch.setattr(large_decoder, "host_bytes", lambda: 1 << 36)
     mesh = parallel.make_mesh({"data": 4, "fsdp": 2, "tensor": 1})
 
     def convert(variables, ids):
@@ -150,6 +152,9 @@ def test_8192_pixels_are_planned_by_shape(deep, rows, ways):
         planned(1 << 20)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
+    monkeypatch.setattr(large_decoder, "host_bytes", lambda: plans[1].host - 1)
+    with pytest.raises(UserError, match="of the host's memory, which has .* convert in tiles"):
+        planned(activation // 4)
     assert tuple(p.way for p in plans) == ways and plans[1].bytes <= activation // 4
     assert 3 * activation <= plans[1].host < 3.1 * activation and peak < activation // 64
 
@@ -191,7 +196,8 @@ def test_1024_by_512_pixels_within_the_memory_that_is_announced(deep, method):
             assert made.shape == (1, 32, 64) and (made == plain).mean() > 0.99
     assert budget // 4 < taken.bytes <= narrow.bytes
     # On a CPU convolutions run in a library too, whose workspace is not announced: up to half of the whole here.
-    assert 0.5 < max(shares) < 2, shares
+    for share, most in zip(shares, (1.75, 1.5, 1.5), strict=True):
+        assert 0.5 < share < most, shares
 
 
 def test_attention_counts_where_the_compiler_does_not_count_it(variables):

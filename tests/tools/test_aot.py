@@ -122,13 +122,18 @@ def test_what_does_not_fit_says_what_to_do():
     config = tiny_transformer(batch_size=64)
     chip = roofline.CHIPS["TPU v5e"]
 
-    def said(compiled):
-        found = aot.figures(program(), compiled, 8, chip) | {"topology": "t", "what": "train", "mesh": {"fsdp": 1}}
+    def said(compiled, tensor=1, **more):
+        mesh = {"fsdp": 1, "tensor": tensor}
+        found = aot.figures(program(), compiled, 8, chip) | {"topology": "t", "what": "train", "mesh": mesh} | more
         return "\n".join(" ".join(line) for line in aot.lines(found, config))
 
     large = said(Compiled(cost(temporaries=20 * 2**30), "", {}, 1.0, 1.0))
     assert "DOES NOT FIT 5.25 GiB too much" in large
     assert "mend --config.remat=block" in large and "mend --config.accumulation=2" in large
+    assert "mesh.fsdp" not in large  # the state is small
+    for tensor, fsdp in ((1, 8), (2, 4), (4, 2)):
+        large = said(Compiled(cost(temporaries=20 * 2**30), "", {}, 1.0, 1.0), tensor, state_bytes=4 * 2**30)
+        assert f"mend --config.mesh.fsdp={fsdp} --config.mesh.data=-1" in large
     refused = said(Compiled(None, "the compiler needs 24.00GiB", {}, 1.0, 1.0))
     assert "DOES NOT FIT the compiler needs 24.00GiB" in refused and "FITS" not in refused.replace("DOES NOT FIT", "")
     fits = said(Compiled(cost(), "", {}, 1.0, 1.0))

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vqgan_jax.config import UserError
 from vqgan_jax.models.strips import Peak
 from vqgan_jax.parallel import compile_if_it_fits, device_bytes, shape_of
 
@@ -71,7 +72,7 @@ def plan(
         that allocates its scores itself.
 
     Raises:
-      UserError: a budget too small even for strips.
+      UserError: a budget too small even for strips, or what waits beside them larger than the host's memory.
     """
     if jax.default_backend() != "cpu":
         uncounted = 0
@@ -87,6 +88,9 @@ def plan(
         if sharded and (used := used + uncounted // parts) <= budget:
             return Plan("sharded", used, sharded)
     _, peak = in_strips(variables, x, budget)
+    if peak.host > (has := host_bytes()):
+        takes = f"in strips activations wait in {peak.host / 2**30:.4g} GiB of the host's memory"
+        raise UserError(f"{takes}, which has {has / 2**30:.4g}: a smaller picture or batch, or convert in tiles")
     return Plan("strips", peak.device, lambda variables, x: in_strips(variables, np.asarray(x), budget)[0], peak.host)
 
 
@@ -250,4 +254,9 @@ def device_budget(share: float = 0.8) -> int:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int((stats["bytes_limit"] - stats.get("bytes_in_use", 0)) * share)
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * share / jax.local_device_count() / 2)
+    return int(host_bytes() * share / jax.local_device_count() / 2)
+
+
+def host_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

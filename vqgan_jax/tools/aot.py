@@ -192,9 +192,11 @@ def mends(found: dict[str, Any], config: ConfigDict) -> list[str]:
     if found["what"] != "train":
         return [f"--batch={max(1, found['images'] // found['chips'] // 2)} a chip, or chips with more memory"]
     chips, fsdp, ways = found["chips"], found["mesh"]["fsdp"], []
-    if fsdp < chips and found["state_bytes"] > found["memory_bytes"] / 8:
+    copy = chips // found["mesh"]["tensor"]  # at most so many share each copy of the state over `fsdp`
+    if fsdp < copy and found["state_bytes"] > found["memory_bytes"] / 8:
+        more = min(n for n in range(min(copy, max(8, 4 * fsdp)), copy + 1) if copy % n == 0)
         state = f"the state takes {gib(found['state_bytes'])} GiB a chip"
-        ways.append(f"--config.mesh.fsdp={min(chips, max(8, 4 * fsdp))} --config.mesh.data=-1 ({state})")
+        ways.append(f"--config.mesh.fsdp={more} --config.mesh.data=-1 ({state})")
     if not config.remat:
         ways.append("--config.remat=block (activations are computed again in the backward pass)")
     rows = found["images"] // (chips * config.accumulation)
