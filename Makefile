@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TESTS := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: install install-test demo test test-slow lint clean
+.PHONY: install install-test demo test test-slow test-tpu lint clean
 
 install: $(VENV)/installed
 install-test: $(VENV)/installed-test
@@ -29,6 +29,11 @@ test: install-test
 
 test-slow: install-test
 	$(TESTS) -m slow
+
+# The slow tests that compile for slices of TPUs, with libtpu and without a TPU.
+test-tpu: install-test
+	$(BIN)/python -m pip install --quiet -r requirements-tpu.txt
+	$(TESTS) -m slow tests/tools/test_aot.py
 
 lint: install-test
 	$(BIN)/ruff check --fix .
