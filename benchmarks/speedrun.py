@@ -6,17 +6,17 @@
     python -m benchmarks.speedrun --data=scenes --steps=400,500 --recipes=fsq/llama
 
 A recipe (benchmarks/speedrun_recipes.py) is a tokenizer and a transformer on its codes. --form says how large both are:
-`cpu` takes some forty minutes on two cores for the first recipe, `gpu` as long on an H200. --budget=0.1 scales the
-steps of both stages, --steps=A,B sets them. All recipes have the same data, seeds, steps and held-out pictures.
---pieces trains stage 1 (--transformer_pieces: stage 2, on the codes of --tokenizer) piece by piece at equal steps;
---equal_flops adds each that has other FLOPs a step than the first one again, at as many in all.
+`cpu` takes some forty minutes on two cores for the first recipe, `gpu` as long on an H200 (an estimate). --budget=0.1
+scales the steps of both stages, --steps=A,B sets them. All recipes have the same data, seeds, steps and held-out
+pictures. --pieces trains stage 1 (--transformer_pieces: stage 2, on the codes of --tokenizer) piece by piece at equal
+steps; --equal_flops adds each that has other FLOPs a step than the first one again, at as many in all.
 
 rFID-proxy and gFID-proxy are Frechet distances in the features of a small classifier of the same data set, trained once
 (its accuracy on held-out pictures is printed): of reconstructions to their held-out originals, and of samples, classes
-in turn, to all held-out pictures. They compare with each other at equal data, form and numbers of pictures, and with
-nothing else. What is done is kept in --out by the digest of its config and data and not done again, which is said where
-it was done by another revision of the source; killed, the same command goes on. FLOPs are those of matrix products and
-convolutions (vqgan_jax/train/roofline.py).
+in turn, to all held-out pictures. They compare with each other at equal data, form and classifier, whose hash a line
+names (with another number of threads it trains to another), and with nothing else. What is done is kept in --out by the
+digest of its config and data and not done again, which is said where it was done by another revision of the source;
+killed, the same command goes on. FLOPs are those of matrix products and convolutions (vqgan_jax/train/roofline.py).
 """
 
 import argparse
@@ -37,6 +37,7 @@ import train_vqgan
 from benchmarks.speedrun_recipes import FORMS, PIECES, SCENES_SHARE, Piece, find
 from benchmarks.speedrun_record import (
     SECONDS,
+    WHEN,
     digest,
     minutes,
     read_json,
@@ -176,8 +177,8 @@ class Speedrun:
         fields = plain(config)
         defined = {name: x for name, x in fields.items() if name not in ("vqgan", "codes", "lpips")}
         defined["data"] = without_places(fields["data"])
-        judges = [storage.sha256(storage.path(file)) for file in filter(None, fields.get("lpips", {}).values())]
-        return self.out / f"{kind}-{digest({'config': defined, 'data': self._identity(), 'on': more + tuple(judges)})}"
+        lpips = [storage.sha256(storage.path(file)) for file in filter(None, fields.get("lpips", {}).values())]
+        return self.out / f"{kind}-{digest({'config': defined, 'data': self._identity(), 'on': more + tuple(lpips)})}"
 
     def train_tokenizer(self, config: ConfigDict) -> Path:
         """Trains stage 1 where it is not trained yet; returns its folder."""
@@ -317,8 +318,9 @@ class Speedrun:
         found = self.transformer_figures(stage_2, dict(PIECES["transformer"][second].sampler))
         both = {f"{name}_{k}": x[name] for k, x in enumerate((figures, found), 1) for name in ("flops", "ms", "steps")}
         total = {"minutes": figures["minutes"] + found["minutes"], "accuracy": self.accuracy}
-        when = {name: "; ".join(dict.fromkeys([figures[name], found[name]])) for name in ("date", "machine")}
-        return {"name": name} | figures | found | both | total | when
+        when = {name: "; ".join(dict.fromkeys([figures[name], found[name]])) for name in WHEN}
+        judge = self.bench.extract.net.sha256[:8]
+        return {"name": name} | figures | found | both | total | when | {"classifier": judge}
 
 
 def names_of(text: str, known: dict[str, Piece], flag: str) -> list[str]:

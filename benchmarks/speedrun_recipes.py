@@ -62,10 +62,7 @@ class Piece:
 def _blurpool(config: ConfigDict) -> ConfigDict:
     """As wide as the PatchGAN that it takes the place of, or as GroupNorm's 32 groups ask; pictures of 64 take two
     stages."""
-    channels = max(32, config.model.discriminator.channels)
-    made = common.blurpool()
-    made.channels, made.max_channels, made.stages = channels, 2 * channels, 2
-    return made
+    return common.blurpool(max(32, config.model.discriminator.channels), stages=2)
 
 
 NO_ATTENTION = {"model.autoencoder.attention_resolutions": (), "model.autoencoder.mid_attention": False}

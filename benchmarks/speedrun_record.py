@@ -15,6 +15,7 @@ from vqgan_jax.train.metric_writer import JSON_LINES
 from vqgan_jax.train.run_record import git_state
 
 SECONDS = "seconds.json"  # in a stage's folder: what it took so far
+WHEN = ("date", "machine", "revision")
 
 
 def digest(data: Any) -> str:
@@ -41,9 +42,9 @@ def stamp() -> dict[str, str]:
 
 
 def trained_by(folder: Path) -> dict[str, str]:
-    """When and where the stage in a folder was trained."""
+    """When, where and by which source the stage in a folder was trained."""
     done = read_json(folder / SECONDS)["trained"]
-    return {name: done[name] for name in ("date", "machine")}
+    return {name: done[name] for name in WHEN}
 
 
 def say_if_older(folder: Path, done: dict[str, Any]) -> None:

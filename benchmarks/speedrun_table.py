@@ -55,6 +55,8 @@ COLUMNS = (
     Column("GFLOP a step 1", "flops_1", ".4g", 1e-9),
     Column("GFLOP a step 2", "flops_2", ".4g", 1e-9),
     Column("minutes", "minutes", ".1f"),
+    Column("classifier", "classifier", ""),
+    Column("revision", "revision", ""),
     Column("machine", "machine", ""),
     Column("command", "command", ""),
 )

@@ -143,10 +143,11 @@ def patchgan() -> ConfigDict:
     return ConfigDict(dict(enabled=True, name="patchgan", channels=64, layers=3, norm="batch", spectral_norm=False))
 
 
-def blurpool() -> ConfigDict:
+def blurpool(channels: int = 128, stages: int = 3) -> ConfigDict:
     """VQGAN+'s discriminator, with 16x16 logits of 256 pixels; pictures of 64 take 2 stages."""
+    most = channels << stages - 1  # each stage but the first doubles them
     return ConfigDict(
-        dict(enabled=True, name="blurpool", channels=128, max_channels=512, stages=3, spectral_norm=False)
+        dict(enabled=True, name="blurpool", channels=channels, max_channels=most, stages=stages, spectral_norm=False)
     )
 
 

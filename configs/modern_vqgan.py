@@ -9,9 +9,9 @@ configs/speedrun_vqgan.py (with `form=gpu` its larger ones). `blocks=4`: residua
 `discriminator=dino`. `perturb`: for stage 2's sake. `runlocal`: two steps. rFID is on ImageNet's validation set:
 
 - 16384 codes of 8 numbers on the unit sphere. LlamaGen (arXiv 2406.06525): 256, 32, 8, 4 numbers give 9.21 (0.3 % of
-  the codes in use), 3.22, 2.19 (97 %), 9.88; 4096, 8192, 16384, 32768 codes 3.02, 2.91, 2.19, 2.26. Starting all over
-  the sphere and not near 0: 11.4 to 5.3, usage 3 to 100 % (GSQ, arXiv 2412.02632). For the generator alone a small
-  book may do better: RandAR's gFID is 2.47 on 1024 codes, 2.65 on these.
+  the codes in use), 3.22, 2.19 (97 %), 9.88; 4096, 8192, 16384, 32768 codes 3.02, 2.91, 2.19, 2.26. Normalised and
+  from all over the sphere, for plain ones from near 0: 11.4 to 5.3, usage 3 to 100 % (GSQ, arXiv 2412.02632). For the
+  generator alone a small book may do better: RandAR's gFID is 2.47 on 1024 codes, 2.65 on these.
 - No attention, a decoder as deep as the encoder: with the cosine schedule and half the channels 7.94 to 7.15 (MaskBit,
   arXiv 2409.16211), and 17 % fewer FLOPs in the autoencoder. In GSQ's short f8 runs attention helped: 0.65 to 0.59.
 - 128 channels in generator and discriminator: 7.15 to 4.02. ResNet-50's logits as perceptual loss, L2 for pixels: 2.40.
@@ -92,9 +92,7 @@ def speedrun(arg: ConfigDict) -> ConfigDict:
     config = speedrun_vqgan.get_config(f"form={arg.form}")
     channels = max(32, config.model.discriminator.channels)
     config.model.quantizer = quantizers.low_dim_vq(speedrun_vqgan.CODES, 8)
-    config.model.discriminator = common.blurpool()
-    judge = config.model.discriminator
-    judge.channels, judge.max_channels, judge.stages = channels, 4 * channels, 2
+    config.model.discriminator = common.blurpool(channels, stages=2)
     config.optimizer = common.adam(config.optimizer.learning_rate, warmup="2%")
     config.loss, config.ema_decay = common.vqgan_loss(), 0.99
     config.loss.perceptual_weight = 0.0

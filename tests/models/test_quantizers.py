@@ -291,6 +291,8 @@ def after_training(config, steps=60):
         gradients, (aux, state) = jax.grad(loss, has_aux=True)(weights, state, x, key, number)
         updates, opt = tx.update(gradients, opt)
         weights = optax.apply_updates(weights, updates)
+        if aux.restart is not None:
+            weights |= {"quantizer": quantizers.apply_restart(weights["quantizer"], aux.restart)}
         return (weights, state, opt), aux.counts
 
     @jax.jit
@@ -309,10 +311,17 @@ def test_codes_on_the_sphere_are_used_more_than_plain_ones():
 
 
 @pytest.mark.slow
+def test_restarted_codes_are_used():
+    config = config_of("vq", 64, 16, usage_decay=0.9)
+    plain, restarted = (after_training({**config, "restart_below": below}) for below in (0.0, 0.1))
+    assert restarted[0] > plain[0] and restarted[1] > plain[1], (plain, restarted)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
-        config_of("vq", 32, 16, restart_below=0.1),
+        config_of("vq", 32, 16, restart_below=0.1, usage_decay=0.9),
         config_of("gumbel", 64, 16, kl_weight=1e-2, temperature_steps="60"),
         config_of("ema", 32, 16),
         config_of("fsq", (4, 3, 3)),

@@ -1,5 +1,6 @@
 """The GAN step: equal to the reference's under both schedules, safe against what is not finite."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,7 @@ from tests import reference as ref
 from vqgan_jax.config import UserError
 from vqgan_jax.models.lpips import LPIPS
 from vqgan_jax.models.perturbation import Perturbation
+from vqgan_jax.models.quantizers import with_steps
 from vqgan_jax.models.vqgan import VQGAN, VQGANConfig
 from vqgan_jax.train import vqgan_step
 from vqgan_jax.train.optimizers import OptimizerConfig, make_optimizer
@@ -190,3 +192,43 @@ def test_the_recipe_counts_a_quantizers_annealing_in_steps(monkeypatch):
     config.model.quantizer.entropy_steps = "soon"
     with pytest.raises(UserError, match="config.model.quantizer.entropy_steps: 'soon' is no duration"):
         vqgan_recipe(config, VQGAN(VQGANConfig.from_config(config.model)), Durations(config, 100))
+
+
+def test_the_recipe_moves_running_means_as_far_in_micro_batches(monkeypatch):
+    config = common.vqgan()
+    config.steps, config.accumulation, config.model.quantizer = "400", 4, quantizers.ema(16, 4)
+    built = []
+    monkeypatch.setattr(vqgan_step, "make_step", lambda model, *args, **kwargs: built.append(model))
+    vqgan_recipe(config, VQGAN(VQGANConfig.from_config(config.model)), Durations(config, 100))
+    assert built[0].config.quantizer.decay ** 4 == pytest.approx(config.model.quantizer.decay)
+
+
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_restarted_code_is_a_vector_of_the_batch_in_the_parameters_and_their_average(parts):
+    """And the others are not touched; micro-batches of one content count as much as one."""
+    quantizer = with_steps(ref.vq(restart_below=0.5), lambda *_: 0, parts)
+    model = VQGAN(dataclasses.replace(ref.VQGAN_TINY, quantizer=quantizer, discriminator=None))
+    state, unused = tiny_state(SGD), np.arange(5)
+    usage = jnp.ones(64).at[unused].set(0.0)
+    params = {"generator": state.params["generator"]}
+    images = jnp.concatenate([first_batch()["image"][:1]] * 2)
+    z = model.apply({"params": params["generator"]}, images, method="pre_quantized").reshape(-1, 16)
+    start = params["generator"]["quantizer"]["codebook"] + 10.0
+    start[8] = z.mean(0)  # takes all
+    params["generator"] = params["generator"] | {"quantizer": {"codebook": start}}
+    collections = {"generator": {"codebook": {"quantizer": {"usage": usage}}}}
+    state = TrainState.create(
+        jax.random.key(0), params, collections, {"generator": SGD.init(params["generator"])}, params
+    )
+    objective = VQGANObjective(**OBJECTIVE | {"perceptual_weight": 0.0})
+    step = jax.jit(make_step(model, objective, LPIPS(), {"generator": SGD}, ema_decay=0.9, accumulation=parts))
+    after, metrics = step(state, {"image": images}, {})
+    book, averaged = (tree["generator"]["quantizer"]["codebook"] for tree in (after.params, after.ema))
+    found = jnp.abs(book[unused][:, None] - z).max(-1).min(1)
+    np.testing.assert_allclose(found, 0, atol=1e-4)
+    np.testing.assert_array_equal(book[unused], averaged[unused])
+    others = np.setdiff1d(np.arange(64), [*unused, 8])
+    np.testing.assert_array_equal(book[others], start[others])
+    used = after.collections["generator"]["codebook"]["quantizer"]["usage"]
+    assert float(used[9]) == pytest.approx(0.9) and float(used[8]) == pytest.approx(0.9 + 0.1 * 64)
+    assert metrics["skipped"] == 0

@@ -106,7 +106,8 @@ def train_classifier(
 ) -> Classifier:
     """Trains on uint8 images [n, h, w, 3] with labels [n] in [0, classes), by Adam on batches of 64.
 
-    The same seed gives the same classifier. Keep images that are to be scored out of it.
+    The same seed gives the same classifier on one machine with as many threads. Keep images that are to be scored out
+    of it.
 
     Args:
       images: of one size.

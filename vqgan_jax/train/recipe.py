@@ -36,7 +36,8 @@ def vqgan_recipe(config: ConfigDict, model: VQGAN, durations: Durations) -> Reci
     loss = durations.replace(config.loss, "config.loss", DURATIONS)
     loss["perturbation"] = durations.replace(config.loss.perturbation, "config.loss.perturbation", ANNEALING)
     objective = to_dataclass(VQGANObjective, loss, key="config.loss")
-    resolved = with_steps(model.config.quantizer, lambda x, name: durations.steps(x, f"config.model.quantizer.{name}"))
+    steps = lambda x, name: durations.steps(x, f"config.model.quantizer.{name}")  # noqa: E731
+    resolved = with_steps(model.config.quantizer, steps, config.accumulation)
     model = model.clone(config=dataclasses.replace(model.config, quantizer=resolved))
     learning_rate, optimizer = _optimizer(config, durations)
     changed = ConfigDict(dict(optimizer=discriminator_optimizer(config), batch_size=config.batch_size))

@@ -77,10 +77,18 @@ __all__ = [
 ]
 
 
-def with_steps(config: QuantizerConfig, steps: Callable[[str, str], int]) -> QuantizerConfig:
-    """The hyper-parameters with durations as numbers of steps, which training needs; `steps` takes one and its name."""
-    names = [field.name for field in dataclasses.fields(config) if field.name.endswith("_steps")]
-    return dataclasses.replace(config, **{name: str(steps(getattr(config, name), name)) for name in names})
+def with_steps(config: QuantizerConfig, steps: Callable[[str, str], int], parts: int = 1) -> QuantizerConfig:
+    """The hyper-parameters as training needs them.
+
+    Args:
+      config: as written.
+      steps: (a duration, its name) -> the number of steps.
+      parts: micro-batches of a step, each of which moves running means: together as far as one batch would.
+    """
+    names = [field.name for field in dataclasses.fields(config)]
+    durations = {name: str(steps(getattr(config, name), name)) for name in names if name.endswith("_steps")}
+    decays = {name: getattr(config, name) ** (1 / parts) for name in names if name in ("decay", "usage_decay")}
+    return dataclasses.replace(config, **durations, **decays)
 
 
 def make_quantizer(config: QuantizerConfig, name: str) -> Quantizer:
