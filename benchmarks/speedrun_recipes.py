@@ -83,7 +83,7 @@ BLOCKS4 = {"model.autoencoder.blocks": 4}
 ONE_PASS = {"loss.schedule": "simultaneous", "loss.idle_discriminator_updates": False}
 
 EMA = {"model.quantizer": quantizers.ema(1024, 16)}
-MODERN = NO_ATTENTION | BETAS | EMA_WEIGHTS | COSINE | CLIP | FIXED_WEIGHT | ONE_PASS
+MODERN = NO_ATTENTION | EMA_WEIGHTS | CLIP
 
 TOKENIZERS = {
     "reference": Piece(),
