@@ -1,7 +1,8 @@
 """What the speedrun compares, as data: overrides of its two configs by name. The first of each table is the original's
-recipe, the others change pieces of it, and the last joins those of later recipes that a short run can use, of stage 2
-the Llama block alone (benchmarks/RESULTS.md says what each does); `modern_vqgan` and `modern_transformer` are the
-recipes for ImageNet at this size."""
+recipe, the others change pieces of it. The last joins the pieces that held in runs short and long: of stage 1 EMA
+codes, averaged weights, no attention and clipping; of stage 2 the Llama block (benchmarks/RESULTS.md says what each
+does). `modern+gan` adds the GAN's side of later recipes; `modern_vqgan` and `modern_transformer` are the recipes for
+ImageNet at this size."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -84,6 +85,7 @@ ONE_PASS = {"loss.schedule": "simultaneous", "loss.idle_discriminator_updates": 
 
 EMA = {"model.quantizer": quantizers.ema(1024, 16)}
 MODERN = NO_ATTENTION | EMA_WEIGHTS | CLIP
+GAN = BETAS | COSINE | FIXED_WEIGHT | ONE_PASS
 
 TOKENIZERS = {
     "reference": Piece(),
@@ -114,6 +116,7 @@ TOKENIZERS = {
     "no_gan": Piece({"model.discriminator.enabled": False}),
     "modern_vqgan": Piece(module=modern_vqgan, arg="speedrun"),
     "modern+vq8": Piece(MODERN | VQ8),
+    "modern+gan": Piece(MODERN | EMA | GAN),
     "modern": Piece(MODERN | EMA),
 }
 
