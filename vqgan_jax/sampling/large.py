@@ -153,9 +153,10 @@ class LargeSampler:
         self._blocks = Blocks(grid, model.config.grid, stride) if stride else None
         self._wavefront = None if stride else Wavefront(grid, model.config.grid, centre, serial, self._multiple)
         self._longest: dict[tuple[int, int], int] = {}  # of the batches of block windows, by where their blocks start
-        for windows, block in self._blocks.batches() if stride else ():
+        batches = list(self._blocks.batches()) if stride else []
+        for windows, block in batches:
             self._longest[block] = max(len(windows), self._longest.get(block, 0))
-        self.total = sum(1 for _ in self._blocks.batches()) if stride else self._wavefront.steps
+        self.total = len(batches) if stride else self._wavefront.steps
         self.together = max(self._longest.values()) if stride else self._wavefront.slots
 
     def drawn(self, position: int) -> np.ndarray:

@@ -31,8 +31,6 @@ from vqgan_jax.train.roofline import Cost, cost_of, count_flops
 _FOLDER = "aot"  # in the cache folder
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # that change what a compiler makes
 _KEPT_BUFFERS = 400
-# Of a program's memory analysis what `cost_of` reads.
-_MEMORY = [f"{part}_size_in_bytes" for part in ("argument", "output", "alias", "temp", "generated_code")]
 _SECONDS = 15.0  # between lines of progress
 
 
@@ -77,7 +75,8 @@ def compile_cached(program: Program, *, keep: bool = False) -> Compiled:
     made = {"refused": refused, "seconds": time.perf_counter() - start}
     if executable is not None:
         memory = executable.memory_analysis()
-        made |= {"text": executable.as_text(), "memory": {name: getattr(memory, name) for name in _MEMORY}}
+        sizes = {name: getattr(memory, name) for name in dir(memory) if name.endswith("_in_bytes")}
+        made |= {"text": executable.as_text(), "memory": sizes}
     _write(path, made)
     return dataclasses.replace(_compiled(made, needed), executable=executable if keep else None)
 
